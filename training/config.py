@@ -1,0 +1,193 @@
+"""The frozen configuration of a run, by section: every default of every flag lives here and nowhere else.
+
+A field's name is its flag's name (``--train-data`` is ``DataConfig.train_data``); the parser in ``cli.py`` finds the
+section by the field. Facts known only at run time (rank, device, the step resumed from) never enter it.
+No torch here: a login node checks a configuration without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and how they are batched."""
+
+    train_data: str | None = None
+    train_data_upsampling_factors: str | None = None
+    val_data: str | None = None
+    train_num_samples: int | None = None
+    val_num_samples: int | None = None
+    dataset_type: str = "auto"
+    dataset_resampled: bool = False
+    csv_separator: str = "\t"
+    csv_img_key: str = "filepath"
+    csv_caption_key: str = "title"
+    image_key: str = "jpg;png;jpeg;webp"
+    text_key: str = "txt"
+    max_image_pixels: int = 178_956_970
+    """Larger images are skipped before they are decoded, and counted; 0 is no limit. Pillow's own bomb limit."""
+    shuffle_block: int = 512
+    """Samples of one lane that are shuffled among each other."""
+    batch_size: int = 64
+    """Samples per rank and micro-step."""
+    workers: int = 4
+    """Loader processes per rank."""
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Preprocessing and augmentation of images; None keeps the model's own value."""
+
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
+    image_interpolation: str | None = None
+    image_resize_mode: str | None = None
+    aug_cfg: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, from which weights, with which parts frozen."""
+
+    model: str = "RN50"
+    pretrained: str = ""
+    pretrained_image: bool = False
+    cache_dir: str | None = None
+    lock_image: bool = False
+    lock_image_unlocked_groups: int = 0
+    lock_image_freeze_bn_stats: bool = False
+    lock_text: bool = False
+    lock_text_unlocked_layers: int = 0
+    lock_text_freeze_layer_norm: bool = False
+    force_context_length: int | None = None
+    force_image_size: tuple[int, ...] | None = None
+    force_quick_gelu: bool = False
+    force_patch_dropout: float | None = None
+    force_custom_text: bool = False
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The contrastive loss. Every combination gives the gradient of the global batch."""
+
+    local_loss: bool = False
+    gather_with_grad: bool = False
+    siglip: bool = False
+    loss_dist_impl: str | None = None
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer; None for lr, betas and eps is filled in from the model's name, as in OpenCLIP."""
+
+    opt: str = "adamw"
+    lr: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    eps: float | None = None
+    wd: float = 0.2
+    momentum: float | None = None
+    opt_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    wd_exclude: tuple[str, ...] = ()
+    grad_clip_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long to train, and the learning rate on the way. ``warmup`` counts optimizer steps."""
+
+    epochs: int = 32
+    epochs_cooldown: int | None = None
+    warmup: int = 10_000
+    skip_scheduler: bool = False
+    lr_scheduler: str = "cosine"
+    lr_cooldown_end: float = 0.0
+    lr_cooldown_power: float = 1.0
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a step is computed: devices, precision, memory, processes."""
+
+    device: str = "cuda"
+    dist_url: str | None = None
+    dist_backend: str | None = None
+    no_set_device_rank: bool = False
+    ddp_static_graph: bool = False
+    use_bn_sync: bool = False
+    precision: str = "amp_bf16"
+    accum_freq: int = 1
+    grad_checkpointing: bool = False
+    torchcompile: bool = False
+    torchcompile_strategy: str = "task"
+    torchcompile_backend: str | None = None
+    torchcompile_mode: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved, how often, and what a run starts from."""
+
+    resume: str | None = None
+    save_frequency: int = 1
+    """Epochs between ``epoch_N.pt`` exports; 0 writes the last one only."""
+    save_most_recent: bool = False
+    save_every_n_steps: int = 0
+    """Steps between step checkpoints within an epoch; 0 saves at the ends of epochs only."""
+    keep_checkpoints: int = 2
+    """Step checkpoints kept on disk (at least 2: the newest may be the one that is damaged)."""
+    delete_previous_checkpoint: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation during training. Frequencies count epochs; 0 is never."""
+
+    imagenet_val: str | None = None
+    imagenet_v2: str | None = None
+    zeroshot_data: str | None = None
+    """``::``-joined webdataset evaluation sets (class names and templates beside the tars)."""
+    retrieval_data: str | None = None
+    """``::``-joined webdataset retrieval sets (several captions per image, one per line)."""
+    zeroshot_frequency: int = 2
+    val_frequency: int = 1
+    val_retrieval_chunk_size: int = 4096
+    evaluate_at_start: bool = False
+    """Also evaluate before the first step: the level that training starts from."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Where a run writes, and what it reports."""
+
+    logs: str = "./logs/"
+    name: str | None = None
+    log_local: bool = False
+    report_to: str = ""
+    wandb_notes: str = ""
+    wandb_project_name: str = "open-clip"
+    debug: bool = False
+    copy_codebase: bool = False
+    log_every_n_steps: int = 100
+    log_metric_every_n_steps: int = 10
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. Only main, train and commands see all of it; every builder takes its own section."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
