@@ -1,0 +1,74 @@
+# Two commands do all the set-up on a fresh machine: `make demo` and `make test`. `make help` lists the rest.
+#
+# PYTHON=...  use this interpreter as it is: no .venv, no install (machines without a network)
+# DEMO=short  the demo with configs/runs/demo-short.yaml: proves that it runs, learns little
+# PIP_FLAGS=  passed to every pip install, for example an index with CPU-only torch wheels
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BASE_PYTHON ?= python3
+PIP_FLAGS ?=
+TEST_ARGS ?=
+DEMO ?= full
+DEMO_DATA ?= demo-data
+LOGS ?= logs
+
+# An interpreter that the caller names is taken as it is; otherwise ours is made first.
+ifeq ($(filter command environment,$(origin PYTHON)),)
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+INSTALLED_TEST := $(VENV)/.installed-test
+endif
+
+$(if $(filter-out full short,$(DEMO)),$(error DEMO is full or short, not '$(DEMO)'))
+DEMO_CONFIG := configs/runs/$(if $(filter short,$(DEMO)),demo-short,demo).yaml
+DEMO_RUN := demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: help install demo test lint gpu clean
+
+help:
+	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST)
+
+$(VENV)/bin/python:
+	$(BASE_PYTHON) -m venv $(VENV)
+
+# Stamps: installing again is only worth it when pyproject.toml has changed.
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing Clipyard into $(VENV) (the first time pip downloads torch: minutes, and several GB with CUDA)"
+	$(VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing Clipyard and its test tools into $(VENV) (the first time pip downloads torch: minutes, and several GB with CUDA)"
+	$(VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+install: $(INSTALLED)  ## make .venv and install Clipyard into it
+
+$(DEMO_DATA)/.complete: $(wildcard training/commands/*demo_data*.py training/data/demo*.py) | $(INSTALLED)
+	rm -rf $(DEMO_DATA)
+	$(PYTHON) -m training.commands.main make-demo-data $(DEMO_DATA)
+	@touch $@
+
+demo: $(INSTALLED) $(DEMO_DATA)/.complete  ## make the demo shards, train on them, evaluate, print the result
+	$(PYTHON) -m training.main --config $(DEMO_CONFIG) --logs $(LOGS) --name $(DEMO_RUN) \
+	    --train-data '$(DEMO_DATA)/train/*.tar' --val-data '$(DEMO_DATA)/val/*.tar' \
+	    --zeroshot-data $(DEMO_DATA)/zeroshot --retrieval-data $(DEMO_DATA)/retrieval
+	@$(PYTHON) -m training.commands.main demo-result $(LOGS)/$(DEMO_RUN)
+
+# Two test processes with one thread each: tests that start ranks of their own would fight over more.
+test: $(INSTALLED_TEST)  ## the whole suite, with the layer, style and type checks
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal --timeout 300 $(TEST_ARGS)
+
+lint: $(INSTALLED_TEST)  ## style, types and layers only
+	$(PYTHON) -m pytest -q tests/test_layers.py
+
+gpu: $(INSTALLED_TEST)  ## GPU tests, then GPU benchmarks into benchmarks/results (8 minutes)
+	$(PYTHON) -m pytest -q -m gpu tests/gpu
+	PYTHON=$(PYTHON) bash benchmarks/gpu_all.sh
+
+clean:  ## remove .venv and the demo shards; runs under logs/ stay
+	rm -rf $(VENV) $(DEMO_DATA)

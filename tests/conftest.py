@@ -1,0 +1,13 @@
+"""Set-up shared by all tests: one thread per process and no network, before torch is imported."""
+
+from __future__ import annotations
+
+import os
+
+# Tests run as several processes on few cores, and start processes of their own: more threads only fight each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+# A launcher's variables in the developer's shell must not turn a single-process test into rank 3 of 8.
+for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
+    os.environ.pop(_name, None)

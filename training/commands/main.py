@@ -1,0 +1,60 @@
+"""The ``clipyard`` console script: finds a command in one table and hands it the rest of the line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from typing import NamedTuple, cast
+
+
+class Command(NamedTuple):
+    """Where a command lives, and what it does in a few words."""
+
+    module: str
+    """Has ``main(argv) -> int | None``. Imported only when called: `clipyard --help` must not pay for torch."""
+    summary: str
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command("training.main", "train a model; the same as python -m training.main"),
+    "make-demo-data": Command("training.commands.make_demo_data", "write the demo shards and evaluation sets"),
+    "demo-result": Command("training.commands.demo_result", "print what a demo run has learned"),
+    "models": Command("training.commands.models", "list model names with parameters and cost"),
+}
+
+
+def find_command(name: str) -> Command:
+    """The table's row for ``name``; unknown names are answered with the nearest one."""
+    if name in COMMANDS:
+        return COMMANDS[name]
+    near = get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ValueError(f"unknown command {name!r}: {hint}Commands: {', '.join(COMMANDS)}")
+
+
+def usage() -> str:
+    """The help text: one line per command."""
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return f"usage: clipyard COMMAND [ARGS]\n\n{rows}\n\nclipyard COMMAND --help tells what it takes.\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is the command's own, 2 for a line that names none."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(usage())
+        return 0 if arguments else 2
+    try:
+        command = find_command(arguments[0])
+    except ValueError as error:
+        sys.stderr.write(f"clipyard: {error}\n")
+        return 2
+    run = cast("Callable[[Sequence[str]], int | None]", import_module(command.module).main)
+    return run(arguments[1:]) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
