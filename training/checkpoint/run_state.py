@@ -1,0 +1,166 @@
+"""Gathers everything a run needs to go on from where it is, and puts it back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.weights import load_weights
+from training.checkpoint.checkpointer import Checkpointer, StepCheckpoint, read_step_checkpoint
+from training.checkpoint.export import newest_epoch_file, read_epoch_file
+from training.checkpoint.optimizer_state import pack_optimizer, unpack_optimizer
+from training.data.loader import TrainLoader
+from training.distributed.collectives import gather_objects
+from training.distributed.runtime import Runtime
+from training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """The parts of a run that have state; ``model`` is the plain module, not a data-parallel wrapper."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    loader: TrainLoader
+    state: TrainState
+
+
+def capture(parts: RunParts, *, runtime: Runtime, config: Mapping[str, Any]) -> StepCheckpoint | None:
+    """The whole state after the current step: on rank 0; None elsewhere. Collective: all ranks."""
+    positions = gather_objects(parts.loader.state_dict())  # collective: all ranks
+    rng = gather_objects(_rng_state(runtime.device))  # collective: all ranks
+    if not runtime.is_main:
+        return None
+    optimizer_tensors, optimizer_scalars = pack_optimizer(parts.optimizer)
+    return StepCheckpoint(
+        model={name: tensor.detach().cpu().contiguous() for name, tensor in parts.model.state_dict().items()},
+        optimizer=optimizer_tensors,
+        rng={f"{rank}//{key}": value for rank, states in enumerate(rng) for key, value in states.items()},
+        train={
+            "step": parts.state.step,
+            "samples_seen": parts.state.samples_seen,
+            "world_size": runtime.world_size,
+            "optimizer": optimizer_scalars,
+            "scaler": parts.scaler.state_dict() if parts.scaler else None,
+            "data": positions,
+            "config": config,
+            "versions": {name: version(name) for name in ("torch", "timm", "open_clip_torch")},
+        },
+    )
+
+
+def epoch_file_content(parts: RunParts, *, epoch: int, name: str) -> dict[str, Any]:
+    """What ``epoch_N.pt`` holds: OpenCLIP's keys. On rank 0."""
+    content: dict[str, Any] = {
+        "epoch": epoch,
+        "name": name,
+        "state_dict": parts.model.state_dict(),
+        "optimizer": parts.optimizer.state_dict(),
+        "global_step": parts.state.step,
+        "samples_seen": parts.state.samples_seen,
+    }
+    if parts.scaler is not None:
+        content["scaler"] = parts.scaler.state_dict()
+    return content
+
+
+def find_resume_path(resume: str, *, checkpointer: Checkpointer) -> str | None:
+    """What ``--resume`` stands for; None if it is 'latest' and there is nothing yet. On rank 0.
+
+    'latest' is the newest whole step checkpoint, else the newest ``epoch_N.pt`` (a run that OpenCLIP began).
+    """
+    if resume == "latest":
+        found = checkpointer.newest() or newest_epoch_file(checkpointer.root)
+        return None if found is None else str(found)
+    if "://" in resume or resume.endswith(".pt"):
+        return resume
+    path = Path(resume)
+    nested = Checkpointer(path / "checkpoints", keep=checkpointer.keep).newest() if path.is_dir() else None
+    if nested is not None:
+        return str(nested)
+    if not (path / "train.json").is_file():
+        raise ValueError(f"{resume!r} is no checkpoint (a step_N directory, a run, or a .pt file): correct --resume.")
+    return resume
+
+
+def restore(path: str, parts: RunParts, *, runtime: Runtime, steps_per_epoch: int, samples_per_step: int) -> None:
+    """Loads a step checkpoint, or a ``.pt`` in OpenCLIP's layout (which starts at the beginning of an epoch).
+
+    Raises:
+        ValueError: another architecture, other trained parameters, or another data stream.
+        DamagedCheckpoint: the directory is not what was written.
+    """
+    if path.endswith(".pt"):
+        _restore_epoch_file(path, parts, steps_per_epoch=steps_per_epoch, samples_per_step=samples_per_step)
+    else:
+        _restore_step(Path(path), parts, runtime=runtime)
+    logger.info("Resumed from %s at step %d (%d samples seen).", path, parts.state.step, parts.state.samples_seen)
+
+
+def _restore_step(path: Path, parts: RunParts, *, runtime: Runtime) -> None:
+    checkpoint = read_step_checkpoint(path)
+    train = checkpoint.train
+    load_weights(parts.model, dict(checkpoint.model))
+    if train["world_size"] != runtime.world_size:
+        raise ValueError(
+            f"{path} was saved by {train['world_size']} ranks and this run has {runtime.world_size}: resume with "
+            f"{train['world_size']}, or give the checkpoint to --pretrained to start a new run from its weights."
+        )
+    parts.loader.load_state_dict(train["data"][runtime.rank])
+    unpack_optimizer(parts.optimizer, checkpoint.optimizer, train["optimizer"])
+    if parts.scaler is not None and train["scaler"] is not None:
+        parts.scaler.load_state_dict(train["scaler"])
+    _set_rng_state(checkpoint.rng, rank=runtime.rank, device=runtime.device)
+    parts.state.step = int(train["step"])
+    parts.state.samples_seen = int(train["samples_seen"])
+
+
+def _restore_epoch_file(path: str, parts: RunParts, *, steps_per_epoch: int, samples_per_step: int) -> None:
+    checkpoint = read_epoch_file(path)
+    load_weights(parts.model, dict(checkpoint.state_dict))
+    if checkpoint.optimizer is not None:
+        _load_numbered_optimizer(parts.optimizer, checkpoint.optimizer, path=path)
+    else:
+        logger.warning("%s holds weights only: the optimizer starts afresh.", path)
+    if parts.scaler is not None and checkpoint.scaler is not None:
+        parts.scaler.load_state_dict(dict(checkpoint.scaler))
+    parts.loader.start_at_epoch(checkpoint.epoch)
+    parts.state.step = checkpoint.epoch * steps_per_epoch
+    parts.state.samples_seen = parts.state.step * samples_per_step
+
+
+def _load_numbered_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], *, path: str) -> None:
+    """OpenCLIP numbers parameters by group; the state is taken over, settings stay as configured now."""
+    current = optimizer.state_dict()
+    saved_sizes = [len(group["params"]) for group in saved["param_groups"]]
+    current_sizes = [len(group["params"]) for group in current["param_groups"]]
+    if saved_sizes != current_sizes:
+        raise ValueError(
+            f"{path!r} has optimizer groups of {saved_sizes} parameters, this run {current_sizes} (OpenCLIP's 3.3.0 and "
+            "later versions group them differently): resume with the settings it was trained with, or give it to "
+            "--pretrained to start from its weights."
+        )
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": current["param_groups"]})
+
+
+def _rng_state(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_rng_state(states: Mapping[str, Tensor], *, rank: int, device: torch.device) -> None:
+    torch.set_rng_state(states[f"{rank}//cpu"])
+    if device.type == "cuda" and f"{rank}//cuda" in states:
+        torch.cuda.set_rng_state(states[f"{rank}//cuda"], device)

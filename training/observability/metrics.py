@@ -1,0 +1,84 @@
+"""Turns the steps between two log points into the numbers that are logged."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+
+class StepClock:
+    """Where the time of a window of steps went. Throughput is that of the whole window, not of its last step."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a new window."""
+        self._start = time.perf_counter()
+        self._data_wait_s = 0.0
+        self._steps = 0
+
+    def add_step(self, *, data_wait_s: float) -> None:
+        """Counts one finished step and the time it waited for data."""
+        self._data_wait_s += data_wait_s
+        self._steps += 1
+
+    def read(self, *, samples_per_step: int, world_size: int) -> dict[str, float]:
+        """Seconds per step and samples per second, under OpenCLIP's names; ``data_wait_pct`` is ours."""
+        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        steps = max(1, self._steps)
+        samples_per_second = samples_per_step * self._steps / elapsed
+        return {
+            "data_time": self._data_wait_s / steps,
+            "batch_time": elapsed / steps,
+            "samples_per_second": samples_per_second,
+            "samples_per_second_per_gpu": samples_per_second / world_size,
+            "data_wait_pct": 100.0 * self._data_wait_s / elapsed,
+        }
+
+
+@dataclass
+class RunningMean:
+    """The mean of the values since the last reset."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        """Adds one value."""
+        self.total += value
+        self.count += 1
+
+    @property
+    def mean(self) -> float:
+        """Mean of the values added; 0 without any."""
+        return self.total / self.count if self.count else 0.0
+
+    def reset(self) -> None:
+        """Forgets all values."""
+        self.total, self.count = 0.0, 0
+
+
+class Countdown:
+    """Estimates the time that remains from the rate of steps since the run (or its latest part) began."""
+
+    def __init__(self, *, first_step: int, total_steps: int) -> None:
+        self._first_step = first_step
+        self._total_steps = total_steps
+        self._start = time.monotonic()
+
+    def remaining_s(self, step: int) -> float:
+        """Seconds until the last step at the mean rate so far."""
+        done = step - self._first_step
+        if done <= 0:
+            return float("inf")
+        return (time.monotonic() - self._start) / done * (self._total_steps - step)
+
+
+def format_duration(seconds: float) -> str:
+    """``3725`` -> ``1:02:05``; unknown durations are ``-:--:--``."""
+    if seconds == float("inf"):
+        return "-:--:--"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"

@@ -1,0 +1,85 @@
+"""Reports a run: log lines in OpenCLIP's form, metrics to the sinks, evaluations to results.jsonl. Rank 0 only."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from training.observability.console import ProgressLine
+from training.observability.metrics import Countdown, RunningMean, format_duration
+from training.observability.sinks import MetricSink, append_result
+
+logger = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Takes finished numbers from the loop and decides nothing but their form."""
+
+    def __init__(
+        self,
+        *,
+        sinks: Sequence[MetricSink],
+        progress: ProgressLine,
+        results_path: Path | None,
+        samples_per_epoch: int,
+        steps_per_epoch: int,
+        first_step: int,
+        total_steps: int,
+    ) -> None:
+        self._sinks = sinks
+        self._progress = progress
+        self._results_path = results_path
+        self._samples_per_epoch = samples_per_epoch
+        self._steps_per_epoch = steps_per_epoch
+        self._total_steps = total_steps
+        self._countdown = Countdown(first_step=first_step, total_steps=total_steps)
+        self._epoch_loss = RunningMean()
+
+    def step(self, step: int, metrics: Mapping[str, float], *, samples_per_step: int, log_line: bool) -> None:
+        """Reports step number ``step`` (counted from 0): to the sinks, and as a line when ``log_line``."""
+        for sink in self._sinks:
+            sink.write(step, {f"train/{name}": value for name, value in metrics.items()})
+        if step % self._steps_per_epoch == 0:
+            self._epoch_loss.reset()
+        self._epoch_loss.add(metrics["loss"])
+        remaining_s = self._countdown.remaining_s(step + 1)
+        if log_line:
+            logger.info("%s", self._line(step, metrics, samples_per_step=samples_per_step, remaining_s=remaining_s))
+        self._progress.show(
+            step=step + 1,
+            total_steps=self._total_steps,
+            samples_per_second=metrics["samples_per_second"],
+            loss=metrics["loss"],
+            remaining_s=remaining_s,
+        )
+
+    def _line(self, step: int, metrics: Mapping[str, float], *, samples_per_step: int, remaining_s: float) -> str:
+        epoch, done = divmod(step, self._steps_per_epoch)
+        digits = len(str(self._samples_per_epoch))
+        mean = self._epoch_loss.mean
+        return (
+            f"Train Epoch: {epoch} [{(done + 1) * samples_per_step:>{digits}}/{self._samples_per_epoch} "
+            f"({100 * (done + 1) / self._steps_per_epoch:.0f}%)] "
+            f"Data (t): {metrics['data_time']:.3f} "
+            f"Batch (t): {metrics['batch_time']:.3f}, {metrics['samples_per_second']:#g}/s, "
+            f"{metrics['samples_per_second_per_gpu']:#g}/s/gpu "
+            f"LR: {metrics['lr']:.6f} Logit Scale: {metrics['logit_scale']:.3f} "
+            f"Contrastive_loss: {metrics['contrastive_loss']:#.5g} ({mean:#.5g}) "
+            f"Loss: {metrics['loss']:#.5g} ({mean:#.5g}) ETA {format_duration(remaining_s)}"
+        )
+
+    def evaluation(self, step: int, result: Mapping[str, float], *, epoch: int) -> None:
+        """Reports one evaluation: a log line, the sinks (``val/*`` at the epoch, as OpenCLIP), results.jsonl."""
+        shown = "\t".join(f"{name}: {value:.4f}" for name, value in result.items() if name != "epoch")
+        logger.info("Eval Epoch: %d %s", epoch, shown)
+        for sink in self._sinks:
+            sink.write(step, {f"val/{name}": value for name, value in result.items() if name != "epoch"}, epoch=epoch)
+        if self._results_path is not None:
+            append_result(self._results_path, result)
+
+    def close(self) -> None:
+        """Flushes every sink."""
+        self._progress.clear()
+        for sink in self._sinks:
+            sink.close()

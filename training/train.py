@@ -1,0 +1,151 @@
+"""The training loop: batch, learning rate, step, log, save, evaluate.
+
+    batches -> micro-batches of one step -> TrainStep -> StepMetrics -> Reporter
+                                                 \\-> at the end of an epoch: Saver, then evaluation
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from training.checkpoint.run_state import RunParts
+from training.checkpoint.saver import Saver
+from training.data.batch import Batch, DeviceBatch
+from training.distributed.collectives import all_reduce_sum, broadcast_object
+from training.distributed.runtime import Runtime
+from training.observability.metrics import StepClock
+from training.observability.reporter import Reporter
+from training.train_step import StepMetrics, TrainStep
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """The arithmetic of a run: everything counts in steps, and one step is one update of the weights."""
+
+    steps_per_epoch: int
+    epochs: int
+    accum_freq: int
+    """Micro-batches per step and rank."""
+    samples_per_step: int
+    """Samples of all ranks and micro-batches: the global batch."""
+    log_every_n_steps: int
+    log_metric_every_n_steps: int
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.steps_per_epoch * self.epochs
+
+    def logs_line(self, step: int) -> bool:
+        """Whether step ``step`` (from 0) is printed: every n steps of an epoch, and its last."""
+        place = step % self.steps_per_epoch
+        return place % self.log_every_n_steps == 0 or place == self.steps_per_epoch - 1
+
+    def logs_metrics(self, step: int) -> bool:
+        """Whether step ``step`` (from 0) is measured, which costs a device synchronisation and a small all-reduce."""
+        return self.logs_line(step) or step % self.steps_per_epoch % self.log_metric_every_n_steps == 0
+
+
+def train(
+    plan: TrainPlan,
+    *,
+    parts: RunParts,
+    train_step: TrainStep,
+    schedule: Callable[[int], float],
+    to_device: Callable[[Batch], DeviceBatch],
+    evaluate: Callable[[int], Mapping[str, float]],
+    evaluated: Callable[[], set[int]],
+    saver: Saver | None,
+    reporter: Reporter | None,
+    runtime: Runtime,
+) -> None:
+    """Trains from ``parts.state.step`` to the end of the plan. Collective: all ranks, in step.
+
+    Args:
+        evaluate: epoch -> metrics; empty when nothing is due. Called on all ranks.
+        evaluated: epochs whose evaluation is already on record (asked once, on rank 0).
+        saver: None when nothing is to be saved.
+        reporter: only on rank 0.
+    """
+    state = parts.state
+    _catch_up_evaluation(plan, state.step, evaluate=evaluate, evaluated=evaluated, reporter=reporter, runtime=runtime)
+    batches = iter(parts.loader)
+    clock = StepClock()
+    while state.step < plan.total_steps:
+        step = state.step
+        micro_batches, waited_s = _next_micro_batches(batches, plan.accum_freq)
+        lr = schedule(step)
+        metrics = train_step([to_device(batch) for batch in micro_batches], lr=lr)
+        # The batches have become part of the weights: a checkpoint from here on continues after them.
+        for batch in micro_batches:
+            parts.loader.commit(batch)
+        state.step += 1
+        state.samples_seen += plan.samples_per_step
+        clock.add_step(data_wait_s=waited_s)
+
+        if plan.logs_metrics(step):
+            numbers = _read_metrics(metrics, world_size=runtime.world_size)  # host sync; collective: all ranks
+            numbers |= clock.read(samples_per_step=plan.samples_per_step, world_size=runtime.world_size)
+            numbers |= {"lr": lr, "epoch": step / plan.steps_per_epoch, "samples_seen": state.samples_seen}
+            numbers["skipped_samples"] = sum(parts.loader.skipped.values())
+            if reporter is not None:
+                reporter.step(
+                    step, numbers, samples_per_step=plan.samples_per_step, log_line=plan.logs_line(step)
+                )
+            clock.reset()
+
+        epoch, place = divmod(state.step, plan.steps_per_epoch)
+        if place == 0:
+            # Saved before it is evaluated: an evaluation can be repeated, the steps cannot.
+            if saver is not None:
+                saver.save_epoch(epoch)
+            _evaluate(epoch, state.step, evaluate=evaluate, reporter=reporter)
+            clock.reset()
+        elif saver is not None and saver.is_due(state.step):
+            saver.save_step()
+            clock.reset()
+
+
+def _next_micro_batches(batches: Iterator[Batch], count: int) -> tuple[list[Batch], float]:
+    """The micro-batches of one step, and the seconds spent waiting for them."""
+    start = time.perf_counter()
+    micro_batches = [next(batches) for _ in range(count)]
+    return micro_batches, time.perf_counter() - start
+
+
+def _read_metrics(metrics: StepMetrics, *, world_size: int) -> dict[str, float]:
+    """Means over ranks of what a step computed, in Python numbers. Collective: all ranks."""
+    names = [name for name, value in metrics._asdict().items() if value is not None]
+    values = torch.stack([getattr(metrics, name).detach().float() for name in names])
+    means: Sequence[float] = (all_reduce_sum(values) / world_size).tolist()  # host sync
+    numbers = dict(zip(names, means, strict=True))
+    # OpenCLIP logs the temperature as "scale" (3.3.0) or "logit_scale" (later), the loss under both its names.
+    return numbers | {"scale": numbers["logit_scale"], "contrastive_loss": numbers["loss"]}
+
+
+def _catch_up_evaluation(
+    plan: TrainPlan,
+    step: int,
+    *,
+    evaluate: Callable[[int], Mapping[str, float]],
+    evaluated: Callable[[], set[int]],
+    reporter: Reporter | None,
+    runtime: Runtime,
+) -> None:
+    """A run that was killed between saving an epoch and evaluating it does the latter now."""
+    epoch, place = divmod(step, plan.steps_per_epoch)
+    known = broadcast_object(evaluated() if runtime.is_main else None)  # collective: all ranks
+    if place == 0 and epoch not in known:
+        _evaluate(epoch, step, evaluate=evaluate, reporter=reporter)
+
+
+def _evaluate(
+    epoch: int, step: int, *, evaluate: Callable[[int], Mapping[str, float]], reporter: Reporter | None
+) -> None:
+    result = evaluate(epoch)  # collective: all ranks
+    if result and reporter is not None:
+        reporter.evaluation(step, result, epoch=epoch)
