@@ -1,0 +1,1 @@
+"""Measurements against OpenCLIP; run as modules from the root of the source tree."""

@@ -1,0 +1,41 @@
+"""Peak memory of one arm, in a process of its own so that nothing else is counted."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the high-water mark so far, where the system can (Linux, CUDA)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif CLEAR.exists():
+        CLEAR.write_text("5")
+
+
+def peak_gib(device: torch.device) -> float:
+    """High-water mark in GiB: allocated device memory on CUDA, resident memory of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return _status_kib("VmHWM") / 2**20
+
+
+def resident_gib() -> float:
+    """Resident memory now, in GiB."""
+    return _status_kib("VmRSS") / 2**20
+
+
+def _status_kib(field: str) -> float:
+    if not STATUS.exists():
+        # Outside Linux there is only the high-water mark; macOS counts it in bytes.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 1024 if sys.platform == "darwin" else float(peak)
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return float(line.split()[1])

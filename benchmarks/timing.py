@@ -1,0 +1,102 @@
+"""Two arms timed in alternating blocks, and what may be said about their ratio."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+Blocks = list[list[float]]
+"""Step times of one arm in ms, one list per block."""
+
+
+class Spread(NamedTuple):
+    """Median and quartiles of the step times of one arm."""
+
+    median_ms: float
+    q25_ms: float
+    q75_ms: float
+    steps: int
+
+
+class Ratio(NamedTuple):
+    """How many times faster, with a bootstrap interval over blocks."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Arm(NamedTuple):
+    """One side of a comparison: ``prepare`` is not timed, ``step`` is."""
+
+    prepare: Callable[[int], Any]
+    """Makes the input of a step from its number."""
+    step: Callable[[Any], object]
+
+
+def time_block(arm: Arm, *, first_step: int, steps: int, device: torch.device) -> list[float]:
+    """Step times in ms. On CUDA one pair of events per step, and one host sync for the whole block."""
+    if device.type != "cuda":
+        return [_time_on_cpu(arm, number) for number in range(first_step, first_step + steps)]
+    pairs = []
+    for number in range(first_step, first_step + steps):
+        batch = arm.prepare(number)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        arm.step(batch)
+        end.record()
+        pairs.append((begin, end))
+    torch.cuda.synchronize(device)  # host sync
+    return [begin.elapsed_time(end) for begin, end in pairs]
+
+
+def _time_on_cpu(arm: Arm, number: int) -> float:
+    batch = arm.prepare(number)
+    begin = time.perf_counter()
+    arm.step(batch)
+    return (time.perf_counter() - begin) * 1000
+
+
+def alternate(
+    arms: Mapping[str, Arm], *, blocks: int, block_steps: int, rewarm_steps: int, device: torch.device
+) -> dict[str, Blocks]:
+    """Blocks of steps in the order A B B A A B B A ..., so that a drift of the machine meets both arms alike.
+
+    ``rewarm_steps`` at the start of a block are run and not counted: caches still hold the other arm's data.
+    """
+    times: dict[str, Blocks] = {name: [] for name in arms}
+    for block in range(blocks):
+        order = list(arms) if block % 2 == 0 else list(arms)[::-1]
+        for name in order:
+            first_step = block * block_steps
+            time_block(arms[name], first_step=first_step, steps=rewarm_steps, device=device)
+            times[name].append(time_block(arms[name], first_step=first_step, steps=block_steps, device=device))
+    return times
+
+
+def spread(blocks: Blocks) -> Spread:
+    """Median and quartiles over all counted steps."""
+    times = sorted(time_ms for block in blocks for time_ms in block)
+    if len(times) < 2:
+        raise ValueError(f"{len(times)} counted steps have no spread: pass --blocks and --block-steps for 2 or more")
+    q25, median, q75 = statistics.quantiles(times, n=4, method="inclusive")
+    return Spread(median, q25, q75, len(times))
+
+
+def speed_ratio(ours: Blocks, theirs: Blocks, *, resamples: int = 2000, seed: int = 0) -> Ratio:
+    """Median step time of theirs / ours: above 1 we are faster. 95 % interval, resampling pairs of blocks."""
+    draw = random.Random(seed)
+    pairs = list(zip(ours, theirs, strict=True))
+    ratios = sorted(_median_ratio(draw.choices(pairs, k=len(pairs))) for _ in range(resamples))
+    return Ratio(_median_ratio(pairs), ratios[int(0.025 * resamples)], ratios[int(0.975 * resamples)])
+
+
+def _median_ratio(pairs: Sequence[tuple[list[float], list[float]]]) -> float:
+    ours = statistics.median(time_ms for block, _ in pairs for time_ms in block)
+    theirs = statistics.median(time_ms for _, block in pairs for time_ms in block)
+    return theirs / ours
