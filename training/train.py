@@ -106,7 +106,7 @@ def train(
             _evaluate(epoch, state.step, evaluate=evaluate, reporter=reporter)
             clock.reset()
         elif saver is not None and saver.is_due(state.step):
-            saver.save_step()
+            saver.save_step(epoch=epoch)
             clock.reset()
 
 

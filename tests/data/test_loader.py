@@ -11,7 +11,7 @@ from models.config import PreprocessConfig
 from tests.factories import character_tokens, jpeg_bytes, token_texts, write_csv, write_shards, write_tar
 from training.config import DataConfig, ImageConfig
 from training.data.batch import Batch
-from training.data.build import build_train_loader, epoch_length, iterate_raw_samples, resolve_dataset_type
+from training.data.build import build_train_loader, epoch_length, resolve_dataset_type
 from training.data.loader import TrainLoader
 
 PREPROCESS = PreprocessConfig(size=(16, 16))
@@ -210,11 +210,3 @@ def test_the_type_of_data_follows_from_its_name(path: str, kind: str) -> None:
 def test_an_unknown_type_of_data_asks_for_the_flag() -> None:
     with pytest.raises(ValueError, match=r"type of 'a\.parquet'.*--dataset-type"):
         resolve_dataset_type(DataConfig(), "a.parquet", flag="--train-data")
-
-
-def test_validation_reads_every_sample_once_in_file_order(shards: str, tmp_path: Path) -> None:
-    keys = [raw.key for raw in iterate_raw_samples(DataConfig(), shards, flag="--val-data")]
-    assert keys == sorted(keys)
-    assert len(keys) == 80
-    rows = list(iterate_raw_samples(DataConfig(), str(write_csv(tmp_path, rows=3)), flag="--val-data"))
-    assert [raw.members["txt"] for raw in rows] == [b"caption 0", b"caption 1", b"caption 2"]

@@ -35,7 +35,9 @@ class RunParts:
     state: TrainState
 
 
-def capture(parts: RunParts, *, runtime: Runtime, config: Mapping[str, Any]) -> StepCheckpoint | None:
+def capture(
+    parts: RunParts, *, runtime: Runtime, epoch: int, config: Mapping[str, Any]
+) -> StepCheckpoint | None:
     """The whole state after the current step: on rank 0; None elsewhere. Collective: all ranks."""
     positions = gather_objects(parts.loader.state_dict())  # collective: all ranks
     rng = gather_objects(_rng_state(runtime.device))  # collective: all ranks
@@ -48,6 +50,7 @@ def capture(parts: RunParts, *, runtime: Runtime, config: Mapping[str, Any]) -> 
         rng={f"{rank}//{key}": value for rank, states in enumerate(rng) for key, value in states.items()},
         train={
             "step": parts.state.step,
+            "epoch": epoch,
             "samples_seen": parts.state.samples_seen,
             "world_size": runtime.world_size,
             "optimizer": optimizer_scalars,
@@ -105,6 +108,15 @@ def restore(path: str, parts: RunParts, *, runtime: Runtime, steps_per_epoch: in
     else:
         _restore_step(Path(path), parts, runtime=runtime)
     logger.info("Resumed from %s at step %d (%d samples seen).", path, parts.state.step, parts.state.samples_seen)
+
+
+def read_weights(path: str) -> tuple[int, dict[str, Tensor]]:
+    """(completed epochs as far as the checkpoint tells, weights) of a step checkpoint or a ``.pt`` file."""
+    if path.endswith(".pt"):
+        checkpoint = read_epoch_file(path)
+        return checkpoint.epoch, dict(checkpoint.state_dict)
+    step = read_step_checkpoint(Path(path))
+    return int(step.train["epoch"]), dict(step.model)
 
 
 def _restore_step(path: Path, parts: RunParts, *, runtime: Runtime) -> None:

@@ -43,17 +43,17 @@ class Saver:
         every = self._config.save_every_n_steps
         return every > 0 and step % every == 0
 
-    def save_step(self) -> None:
-        """Writes a step checkpoint. Collective: all ranks."""
+    def save_step(self, *, epoch: int) -> None:
+        """Writes a step checkpoint; ``epoch`` is the number of completed epochs. Collective: all ranks."""
         start = time.perf_counter()
-        checkpoint = capture(self._parts, runtime=self._runtime, config=self._run_config)  # collective: all ranks
+        checkpoint = capture(self._parts, runtime=self._runtime, epoch=epoch, config=self._run_config)
         if checkpoint is not None:
             path = self._checkpointer.save(self._parts.state.step, checkpoint)
             logger.info("Saved %s in %.1f s.", path, time.perf_counter() - start)
 
     def save_epoch(self, epoch: int) -> None:
         """Writes a step checkpoint and the epoch files due after ``epoch`` completed epochs. Collective: all ranks."""
-        self.save_step()
+        self.save_step(epoch=epoch)
         if not self._runtime.is_main:
             return
         frequency = self._config.save_frequency

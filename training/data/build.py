@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
 
 from models.config import PreprocessConfig
 from models.tokenizer import Tokenizer
@@ -15,8 +14,6 @@ from training.data.lanes import Source
 from training.data.loader import StreamConfig, TrainLoader
 from training.data.shards import ShardList, expand_shards, require_num_samples
 from training.data.sources import SyntheticSource, TarSource
-from training.data.storage import open_shard
-from training.data.tar_reader import RawSample, read_samples
 from training.data.transforms import build_train_transform
 
 _LANES_PER_WORKER = 4
@@ -149,25 +146,3 @@ def epoch_length(config: DataConfig, *, num_samples: int, world_size: int, kind:
         num_batches = math.ceil(global_batches / workers) * workers
         return num_batches, num_batches * config.batch_size * world_size
     return math.ceil(num_samples / world_size) // config.batch_size, num_samples
-
-
-def iterate_raw_samples(config: DataConfig, path: str, *, flag: str) -> Iterator[RawSample]:
-    """Every undecoded sample of a data set once, in file order (validation data).
-
-    Raises:
-        TarError: a damaged shard. StorageError: a shard that cannot be read.
-    """
-    if resolve_dataset_type(config, path, flag=flag) == "csv":
-        table = CsvTable(
-            path,
-            separator=config.csv_separator,
-            image_column=config.csv_img_key,
-            caption_column=config.csv_caption_key,
-            flag=flag,
-        )
-        for row in range(len(table)):
-            yield table.read_row(row)
-        return
-    for url in expand_shards(path, flag=flag).urls:
-        with open_shard(url) as stream:
-            yield from read_samples(stream)
