@@ -88,8 +88,13 @@ def read_epoch_file(path: str) -> OpenClipCheckpoint:
     try:
         with fsspec.open(path, "rb") as file:
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path!r} cannot be read as a checkpoint ({error}): correct --resume.") from error
+    except OSError as error:
+        raise ValueError(f"{path!r} cannot be read as a checkpoint ({error.strerror}): correct --resume.") from error
+    except Exception as error:  # torch has no common type for what a damaged or foreign file makes it raise
+        raise ValueError(
+            f"{path!r} cannot be read as a checkpoint (it is damaged, or holds objects other than tensors and plain "
+            "values, which are never unpickled): correct --resume."
+        ) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path!r} holds a {type(content).__name__} and no checkpoint: correct --resume.")
     state_dict = content.get("state_dict", content)
