@@ -1,0 +1,69 @@
+"""How large a model is: parameters, and multiply-accumulates of one forward pass, without memory or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.config import ClipConfig
+from models.factory import build_model
+
+
+class ModelProfile(NamedTuple):
+    """Per pair of one image and one text of full context length. FLOPs are 2 x MACs; training costs 3 x forward."""
+
+    image_parameters: int
+    text_parameters: int
+    parameters: int
+    """All of them, with the temperature (and bias)."""
+    image_macs: int
+    text_macs: int
+
+    @property
+    def macs(self) -> int:
+        """Both towers."""
+        return self.image_macs + self.text_macs
+
+
+def profile_model(config: ClipConfig) -> ModelProfile:
+    """Count on the meta device.
+
+    Attention matrices count in full, also causal ones, as in OpenCLIP's model profile: kernels that skip the masked
+    half do not change the figure.
+    """
+    model = build_model(_without_downloads(config), device="meta").eval()
+    images = torch.empty(1, 3, *config.vision_cfg.image_hw, device="meta")
+    texts = torch.zeros(1, config.text_cfg.context_length, dtype=torch.int64, device="meta")
+    with torch.no_grad():
+        image_macs = _count_macs(lambda: model.encode_image(images))
+        text_macs = _count_macs(lambda: model.encode_text(texts))
+    parameters = _count_parameters(model)
+    image_parameters = _count_parameters(model.visual)
+    temperature = sum(scalar.numel() for scalar in (model.logit_scale, model.logit_bias) if scalar is not None)
+    return ModelProfile(
+        image_parameters=image_parameters,
+        text_parameters=parameters - image_parameters - temperature,
+        parameters=parameters,
+        image_macs=image_macs,
+        text_macs=text_macs,
+    )
+
+
+def _without_downloads(config: ClipConfig) -> ClipConfig:
+    vision = replace(config.vision_cfg, timm_model_pretrained=False)
+    return replace(config, vision_cfg=vision, text_cfg=replace(config.text_cfg, hf_model_pretrained=False))
+
+
+def _count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _count_macs(forward: Callable[[], Tensor]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        forward()
+    return int(counter.get_total_flops()) // 2
