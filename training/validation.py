@@ -1,0 +1,411 @@
+"""Checks a configuration without torch, files or other processes: ranges, choices, and settings that need each other.
+
+``validate`` refuses what cannot work. ``inert_settings`` names what was set and changes nothing, so that a setting is
+never ignored without a word.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from training.config import Config, DataConfig, OptimConfig
+from training.flags import BY_FIELD, DEFAULTS, FLAGS, Flag, Verdict, nearest, setting_of
+
+AUGMENTATION_KEYS = (
+    "scale",
+    "ratio",
+    "color_jitter",
+    "re_prob",
+    "re_count",
+    "use_timm",
+    "color_jitter_prob",
+    "gray_scale_prob",
+    "openclip_keys",
+)
+"""OpenCLIP's keys, and ``openclip_keys``: read them as OpenCLIP does, which drops some of them."""
+
+_REPORT_TARGETS = ("tensorboard", "wandb")
+
+
+@dataclass(frozen=True)
+class _Range:
+    """Numbers a setting may take. NaN is in no range."""
+
+    low: float = 0.0
+    high: float = math.inf
+    low_included: bool = True
+    high_included: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value >= self.low if self.low_included else value > self.low
+        below = value <= self.high if self.high_included else value < self.high
+        return above and below
+
+    def __str__(self) -> str:
+        low = f"{'at least' if self.low_included else 'more than'} {self.low:g}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and {'at most' if self.high_included else 'less than'} {self.high:g}"
+
+
+_POSITIVE = _Range(low_included=False)
+_NOT_NEGATIVE = _Range()
+_ONE_OR_MORE = _Range(1)
+_BELOW_ONE = _Range(high=1)
+_PROBABILITY = _Range(high=1, high_included=True)
+
+_RANGES: Mapping[str, _Range] = {
+    "train_num_samples": _ONE_OR_MORE,
+    "val_num_samples": _NOT_NEGATIVE,
+    "max_image_pixels": _NOT_NEGATIVE,
+    "shuffle_block": _ONE_OR_MORE,
+    "batch_size": _ONE_OR_MORE,
+    "workers": _NOT_NEGATIVE,
+    "lock_image_unlocked_groups": _NOT_NEGATIVE,
+    "lock_text_unlocked_layers": _NOT_NEGATIVE,
+    "force_context_length": _ONE_OR_MORE,
+    "force_patch_dropout": _BELOW_ONE,
+    "lr": _POSITIVE,
+    "beta1": _BELOW_ONE,
+    "beta2": _BELOW_ONE,
+    "eps": _POSITIVE,
+    "wd": _NOT_NEGATIVE,
+    "momentum": _BELOW_ONE,
+    "grad_clip_norm": _POSITIVE,
+    "epochs": _ONE_OR_MORE,
+    "epochs_cooldown": _ONE_OR_MORE,
+    "warmup": _NOT_NEGATIVE,
+    "lr_cooldown_end": _NOT_NEGATIVE,
+    "lr_cooldown_power": _POSITIVE,
+    "accum_freq": _ONE_OR_MORE,
+    "seed": _NOT_NEGATIVE,
+    "save_frequency": _NOT_NEGATIVE,
+    "save_every_n_steps": _NOT_NEGATIVE,
+    "keep_checkpoints": _Range(2),
+    "zeroshot_frequency": _NOT_NEGATIVE,
+    "val_frequency": _NOT_NEGATIVE,
+    "val_retrieval_chunk_size": _NOT_NEGATIVE,
+    "log_every_n_steps": _ONE_OR_MORE,
+    "log_metric_every_n_steps": _ONE_OR_MORE,
+}
+# Texts that make no sense empty; an unset shell variable is the usual cause.
+_NEVER_EMPTY = (
+    "train_data",
+    "val_data",
+    "csv_separator",
+    "csv_img_key",
+    "csv_caption_key",
+    "image_key",
+    "text_key",
+    "model",
+    "device",
+    "resume",
+    "imagenet_val",
+    "imagenet_v2",
+    "zeroshot_data",
+    "retrieval_data",
+    "name",
+)
+
+
+def validate(config: Config) -> None:
+    """Checks every setting, and those that need each other.
+
+    Raises:
+        ValueError: one line per problem: the flag, its value, what is wrong, what to do.
+    """
+    problems = list(
+        chain(
+            _choice_problems(config),
+            _range_problems(config),
+            _empty_problems(config),
+            _data_problems(config),
+            _image_problems(config),
+            _augmentation_problems(config.image.aug_cfg),
+            _optimizer_problems(config),
+            _schedule_problems(config),
+            _report_problems(config.logging.report_to),
+        )
+    )
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def report_targets(report_to: str) -> frozenset[str]:
+    """Which of tensorboard and wandb ``--report-to`` asks for; names are found anywhere in it, `all` is both."""
+    return frozenset(target for target in _REPORT_TARGETS if target in report_to or "all" in report_to)
+
+
+def logs_disabled(logs: str) -> bool:
+    """Whether ``--logs`` asks for neither logs nor checkpoints."""
+    return logs.lower() in ("", "none")
+
+
+def unknown_choice(flag: Flag, value: str) -> str | None:
+    """What is wrong with a value of a flag with choices; None if nothing."""
+    if value in flag.refused_values:
+        return f"{flag.option} {value} is refused: {flag.refused_values[value]}."
+    if not flag.choices or value in flag.choices:
+        return None
+    return f"{flag.option} {value!r} is not one of {', '.join(flag.choices)}{nearest(value, flag.choices)}."
+
+
+def _choice_problems(config: Config) -> Iterator[str]:
+    for flag in FLAGS:
+        value = setting_of(config, flag) if flag.verdict is Verdict.SUPPORTED else None
+        problem = unknown_choice(flag, value) if isinstance(value, str) else None
+        if problem is not None:
+            yield problem
+    opt = config.optim.opt
+    if opt not in ("adamw", "nadamw") and not (opt.startswith("timm/") and opt != "timm/"):
+        yield f"--opt {opt!r} is not adamw, nadamw or timm/NAME{nearest(opt, ('adamw', 'nadamw', f'timm/{opt}'))}."
+
+
+def _range_problems(config: Config) -> Iterator[str]:
+    for field_name, allowed in _RANGES.items():
+        flag = BY_FIELD[field_name]
+        value = setting_of(config, flag)
+        if value is not None and value == math.inf:
+            yield f"{flag.option} {value} must be finite."
+        elif value is not None and value not in allowed:
+            yield f"{flag.option} {value} must be {allowed}."
+
+
+def _empty_problems(config: Config) -> Iterator[str]:
+    for field_name in _NEVER_EMPTY:
+        flag = BY_FIELD[field_name]
+        value = setting_of(config, flag)
+        # A separator is white space, or a semicolon, more often than not.
+        stripped = value if value is None or field_name == "csv_separator" else value.strip(" ;")
+        if stripped == "":
+            yield f"{flag.option} {value!r} is empty (an unset shell variable?): give it a value or leave the flag out."
+
+
+def _data_problems(config: Config) -> Iterator[str]:
+    data, evaluation = config.data, config.evaluation
+    synthetic = data.dataset_type == "synthetic"
+    evaluation_sets = (
+        data.val_data,
+        evaluation.imagenet_val,
+        evaluation.imagenet_v2,
+        evaluation.zeroshot_data,
+        evaluation.retrieval_data,
+    )
+    if data.train_data is None and not synthetic and not any(evaluation_sets):
+        yield (
+            "there is nothing to train on and nothing to evaluate: pass --train-data, --dataset-type synthetic, "
+            "or an evaluation set such as --val-data or --zeroshot-data."
+        )
+    if synthetic and data.train_num_samples is None:
+        yield "--dataset-type synthetic has no size of its own: pass --train-num-samples."
+    if data.train_data_upsampling_factors is not None:
+        yield from _upsampling_problems(data, data.train_data_upsampling_factors)
+
+
+def _upsampling_problems(data: DataConfig, factors: str) -> Iterator[str]:
+    option = "--train-data-upsampling-factors"
+    if not data.dataset_resampled:
+        yield f"{option} {factors} weighs random draws of shards: pass --dataset-resampled too, or leave it out."
+    parts = factors.split("::")
+    num_sources = len((data.train_data or "").split("::"))
+    if len(parts) != num_sources:
+        yield (
+            f"{option} {factors} has {len(parts)} factors for {num_sources} sources in --train-data: "
+            "give one per source, joined with `::`."
+        )
+    weights = [_number_or_none(part) for part in parts]
+    if any(weight is None or weight not in _NOT_NEGATIVE for weight in weights) or not any(weights):
+        yield f"{option} {factors} must be numbers of at least 0, not all 0, joined with `::` (for example 1::2::0.5)."
+
+
+def _image_problems(config: Config) -> Iterator[str]:
+    for option, values in (("--image-mean", config.image.image_mean), ("--image-std", config.image.image_std)):
+        if values is not None and len(values) not in (1, 3):
+            yield f"{option} has {len(values)} values: give one, or one for each of the 3 channels."
+        if values is not None and not all(math.isfinite(value) for value in values):
+            yield f"{option} {_joined(values)} must be finite numbers."
+    if any(value <= 0 for value in config.image.image_std or ()):
+        yield f"--image-std {_joined(config.image.image_std or ())} divides pixels: every value must be more than 0."
+    size = config.model.force_image_size
+    if size is not None and (len(size) not in (1, 2) or min(size) < 1):
+        yield f"--force-image-size {_joined(size)} must be one positive size, or a height and a width."
+
+
+def _augmentation_problems(aug_cfg: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in aug_cfg.items():
+        if key not in AUGMENTATION_KEYS:
+            hint = " (use --image-interpolation)" if key == "interpolation" else nearest(key, AUGMENTATION_KEYS)
+            yield f"--aug-cfg {key}={value} is not an augmentation key{hint}: it has {', '.join(AUGMENTATION_KEYS)}."
+        elif value is not None and not _fits_augmentation(key, value):
+            yield f"--aug-cfg {key}={value!r} must be {_AUGMENTATION_VALUES[key]}; quote it: --aug-cfg {key}='...'."
+    as_openclip_drops_it = aug_cfg.get("openclip_keys") and aug_cfg.get("use_timm")
+    if aug_cfg.get("color_jitter_prob") and aug_cfg.get("color_jitter") is None and not as_openclip_drops_it:
+        yield (
+            f"--aug-cfg color_jitter_prob={aug_cfg['color_jitter_prob']} has no color_jitter to apply: "
+            "add color_jitter='(0.32, 0.32, 0.32, 0.08)', or leave it out."
+        )
+
+
+_AUGMENTATION_VALUES: Mapping[str, str] = {
+    "scale": "two shares of the image's area, (least, most), more than 0",
+    "ratio": "two aspect ratios, (least, most), more than 0",
+    "color_jitter": "a strength, or 3 or 4 strengths (brightness, contrast, saturation, hue), of at least 0",
+    "re_prob": "a probability",
+    "re_count": "a whole number of at least 1",
+    "use_timm": "True or False",
+    "color_jitter_prob": "a probability",
+    "gray_scale_prob": "a probability",
+    "openclip_keys": "True or False",
+}
+
+
+def _fits_augmentation(key: str, value: Any) -> bool:
+    if key in ("use_timm", "openclip_keys"):
+        return isinstance(value, bool)
+    if key == "re_count":
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if key.endswith("_prob"):
+        return _all_numbers([value]) and value in _PROBABILITY
+    if key == "color_jitter":
+        strengths = list(value) if isinstance(value, tuple | list) else [value] * 3
+        return len(strengths) in (3, 4) and _all_numbers(strengths) and all(item in _NOT_NEGATIVE for item in strengths)
+    if not isinstance(value, tuple | list) or len(value) != 2 or not _all_numbers(value):
+        return False
+    least, most = value
+    return bool(0 < least <= most < math.inf)
+
+
+def _optimizer_problems(config: Config) -> Iterator[str]:
+    optim = config.optim
+    if not _is_timm(optim):
+        return
+    if (optim.beta1 is None) != (optim.beta2 is None):
+        yield f"--opt {optim.opt} needs both --beta1 and --beta2, or neither: give the other one too."
+    if optim.wd_exclude:
+        yield f"--opt {optim.opt} groups parameters by timm's own rule: leave --wd-exclude out, or use --opt adamw."
+
+
+def _schedule_problems(config: Config) -> Iterator[str]:
+    schedule = config.schedule
+    if schedule.lr_scheduler != "const-cooldown":
+        return
+    if schedule.epochs_cooldown is None:
+        yield "--lr-scheduler const-cooldown does not say how long to cool down: pass --epochs-cooldown."
+    elif schedule.epochs_cooldown > schedule.epochs:
+        yield (
+            f"--epochs-cooldown {schedule.epochs_cooldown} is longer than --epochs {schedule.epochs}: "
+            "cool down for at most all epochs."
+        )
+
+
+def _report_problems(report_to: str) -> Iterator[str]:
+    if "trackio" in report_to:
+        yield f"--report-to {report_to} is refused: trackio is not supported. Use tensorboard or wandb."
+    elif report_to and report_to.lower() != "none" and not report_targets(report_to):
+        names = (*_REPORT_TARGETS, "all")
+        yield f"--report-to {report_to} reports nowhere{nearest(report_to, names)}: it knows {', '.join(names)}."
+
+
+def inert_settings(config: Config) -> list[str]:
+    """One line for each setting that differs from its default and changes nothing in this configuration."""
+    return [
+        f"{_words(BY_FIELD[field_name], value)} has no effect: {reason}."
+        for condition, reason, field_names in _inert_groups(config)
+        if condition
+        for field_name in field_names
+        if (value := setting_of(config, BY_FIELD[field_name])) != setting_of(DEFAULTS, BY_FIELD[field_name])
+    ]
+
+
+_IMAGE_LOCK = ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats")
+_TEXT_LOCK = ("lock_text_unlocked_layers", "lock_text_freeze_layer_norm")
+_COOLDOWN = ("epochs_cooldown", "lr_cooldown_end", "lr_cooldown_power")
+_WRITTEN = (
+    "name",
+    "log_local",
+    "copy_codebase",
+    "save_frequency",
+    "save_most_recent",
+    "save_every_n_steps",
+    "keep_checkpoints",
+    "delete_previous_checkpoint",
+)
+
+
+def _inert_groups(config: Config) -> list[tuple[bool, str, tuple[str, ...]]]:
+    """(does it apply, why, settings that have no effect then)."""
+    model, schedule, evaluation, logging = config.model, config.schedule, config.evaluation, config.logging
+    has_zero_shot = any((evaluation.imagenet_val, evaluation.imagenet_v2, evaluation.zeroshot_data))
+    dataset_type = config.data.dataset_type
+    no_cooldown = schedule.lr_scheduler != "const-cooldown"
+    return [
+        (not model.lock_image, "--lock-image is not given", _IMAGE_LOCK),
+        (not model.lock_text, "--lock-text is not given", _TEXT_LOCK),
+        (
+            schedule.skip_scheduler,
+            "--skip-scheduler keeps the learning rate constant",
+            ("warmup", "lr_scheduler", *_COOLDOWN),
+        ),
+        (
+            no_cooldown and not schedule.skip_scheduler,
+            f"--lr-scheduler {schedule.lr_scheduler} has no cool-down",
+            _COOLDOWN,
+        ),
+        (
+            not config.engine.torchcompile,
+            "--torchcompile is not given",
+            ("torchcompile_strategy", "torchcompile_backend", "torchcompile_mode"),
+        ),
+        (not config.loss.siglip, "--siglip is not given", ("loss_dist_impl",)),
+        (not _is_timm(config.optim), f"--opt {config.optim.opt} has no such setting", ("momentum",)),
+        (
+            dataset_type in ("webdataset", "synthetic"),
+            f"--dataset-type {dataset_type} reads no CSV file",
+            ("csv_separator", "csv_img_key", "csv_caption_key"),
+        ),
+        (
+            dataset_type in ("csv", "synthetic"),
+            f"--dataset-type {dataset_type} reads no shards",
+            ("dataset_resampled", "image_key", "text_key"),
+        ),
+        (not has_zero_shot, "no zero-shot data is given (--imagenet-val, --zeroshot-data)", ("zeroshot_frequency",)),
+        (config.data.val_data is None, "--val-data is not given", ("val_frequency", "val_num_samples")),
+        ("wandb" not in report_targets(logging.report_to), "--report-to names no wandb", ("wandb_notes",)),
+        (
+            logs_disabled(logging.logs),
+            f"--logs {logging.logs or 'with an empty value'} writes nothing",
+            _WRITTEN,
+        ),
+        (
+            logs_disabled(logging.logs) and config.checkpoint.resume == "latest",
+            f"--logs {logging.logs or 'with an empty value'} holds no checkpoints, so the run starts anew",
+            ("resume",),
+        ),
+    ]
+
+
+def _is_timm(optim: OptimConfig) -> bool:
+    return "timm" in optim.opt
+
+
+def _number_or_none(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _all_numbers(values: Any) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _joined(values: tuple[float, ...]) -> str:
+    return " ".join(str(value) for value in values)
+
+
+def _words(flag: Flag, value: Any) -> str:
+    return flag.option if flag.kind == "switch" else f"{flag.option} {value}"
