@@ -1,0 +1,236 @@
+"""The step: what one update does, and that micro-batches and ranks change nothing about it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.distributed.launch import current_runtime, run_ranks
+from tests.tiny_clip import TinyClip, gradients, split, tiny_batch, tiny_clip
+from training.config import EngineConfig, LossConfig
+from training.data.batch import DeviceBatch
+from training.distributed.collectives import rank, world_size
+from training.distributed.parallelize import parallelize
+from training.losses import build_loss
+from training.precision import build_precision
+from training.train_step import StepMetrics, TrainStep
+
+CPU = torch.device("cpu")
+GLOBAL_BATCH = 16
+
+
+def build_step(
+    model: nn.Module, *, trained: nn.Module | None = None, precision: str = "fp32", **options: Any
+) -> TrainStep:
+    """A step with plain SGD, whose update is the gradient: nothing hides a wrong one."""
+    row = build_precision(precision, CPU)
+    loss = build_loss(LossConfig(local_loss=True, siglip=options.pop("siglip", False)))
+    optimizer = options.pop("optimizer", None) or torch.optim.SGD(model.parameters())
+    scaler = row.grad_scaler()
+    if scaler is not None:
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 256.0})  # 65536 overflows in the first steps
+    return TrainStep(
+        model=trained or model, loss=loss, optimizer=optimizer, precision=row, scaler=scaler, **options
+    )
+
+
+def run_step(
+    model: TinyClip, batch: DeviceBatch, *, accum_freq: int = 1, steps: int = 1, engine: Any = None, **options: Any
+) -> tuple[StepMetrics, dict[str, Tensor], dict[str, Tensor]]:
+    """This rank's part of the batch in ``accum_freq`` pieces; the last metrics, the gradients, the new state."""
+    engine = engine or EngineConfig(device="cpu")
+    wrapped = parallelize(model, config=engine, runtime=current_runtime()) if world_size() > 1 else model
+    step = build_step(model, trained=wrapped, **options)
+    own = split(batch, world_size())[rank()]
+    for _ in range(steps):
+        metrics = step(split(own, accum_freq), lr=0.1)
+    return metrics, gradients(model), {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_close(found: Any, expected: Any, tolerance: float = 1e-6) -> None:
+    """Values above 1 are compared relative to them."""
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("siglip", [False, True])
+@pytest.mark.parametrize("accum_freq", [2, 4])
+def test_micro_batches_give_the_gradients_of_the_big_batch(siglip, accum_freq):
+    batch = tiny_batch(GLOBAL_BATCH)
+    plain = run_step(tiny_clip(bias=siglip), batch, siglip=siglip)
+    pieces = run_step(tiny_clip(bias=siglip), batch, siglip=siglip, accum_freq=accum_freq)
+    assert_close(pieces, plain)
+
+
+def one_graph_over_all_micro_batches(model: TinyClip, batch: DeviceBatch, pieces: int) -> Tensor:
+    """What accumulation must equal where it cannot equal the big batch: dropout and BatchNorm see micro-batches."""
+    outputs = [model(*piece) for piece in split(batch, pieces)]
+    features = [torch.cat([output[index] for output in outputs]) for index in (0, 1)]
+    loss = build_loss(LossConfig())(*features, *outputs[0][2:])
+    loss.backward()
+    return loss.detach()
+
+
+def test_dropout_masks_are_replayed_and_batch_norm_counts_each_batch_once():
+    batch = tiny_batch(GLOBAL_BATCH)
+    batch = batch._replace(images=batch.images.double())  # BatchNorm over 4 rows amplifies fp32's rounding
+    expected = tiny_clip(dropout=0.3, batch_norm=True).double()
+    torch.manual_seed(5)
+    loss = one_graph_over_all_micro_batches(expected, batch, 4)
+    found = tiny_clip(dropout=0.3, batch_norm=True).double()
+    torch.manual_seed(5)
+    metrics, grads, state = run_step(found, batch, accum_freq=4)
+    assert_close(metrics.loss, loss, 1e-12)
+    assert_close(grads, gradients(expected), 1e-12)
+    for name, buffer in expected.named_buffers():
+        assert_close(state[name], buffer, 1e-12)
+    assert state["visual.bn.num_batches_tracked"] == 4
+
+
+def test_random_numbers_after_an_accumulated_step_are_those_of_one_forward_pass_per_micro_batch():
+    batch, model = tiny_batch(GLOBAL_BATCH), tiny_clip(dropout=0.3)
+    torch.manual_seed(5)
+    for piece in split(batch, 2):
+        model(*piece)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run_step(model, batch, accum_freq=2)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("precision", ["amp", "amp_bf16"])
+def test_accumulation_under_autocast_gives_the_same_step(precision):
+    batch = tiny_batch(GLOBAL_BATCH)
+    plain = run_step(tiny_clip(), batch, precision=precision)
+    pieces = run_step(tiny_clip(), batch, precision=precision, accum_freq=4)
+    # Sums over the batch are rounded to half precision in another grouping: 3 digits for fp16, 2 for bf16.
+    tolerance = 2e-3 if precision == "amp" else 1.6e-2
+    assert all(torch.isfinite(grad).all() for grad in pieces[1].values())
+    assert_close(pieces[0].loss, plain[0].loss, 1e-6)
+    scale = max(grad.abs().max() for grad in plain[1].values())
+    for name, grad in plain[1].items():
+        assert (pieces[1][name] - grad).abs().max() <= tolerance * scale, name
+
+
+def test_a_locked_tower_is_left_alone_and_the_other_learns():
+    batch, model = tiny_batch(GLOBAL_BATCH), tiny_clip()
+    model.visual.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    build_step(model)(split(batch, 2), lr=0.1)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert not any(name.startswith("visual.") for name in changed)
+
+
+RANK_CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"accum_freq": 2},
+    "static graph": {"accum_freq": 2, "engine": EngineConfig(device="cpu", ddp_static_graph=True)},
+    "static graph, plain": {"engine": EngineConfig(device="cpu", ddp_static_graph=True)},
+    "checkpointed": {"accum_freq": 2, "engine": EngineConfig(device="cpu", grad_checkpointing=True)},
+    "checkpointed static graph": {
+        "accum_freq": 2,
+        "engine": EngineConfig(device="cpu", grad_checkpointing=True, ddp_static_graph=True),
+    },
+    "siglip": {"accum_freq": 4, "siglip": True},
+    "clipped": {"accum_freq": 2, "grad_clip_norm": 0.5},
+    "scaled fp16 gradients": {"accum_freq": 2, "precision": "amp"},
+}
+
+
+def several_steps_of_all_cases() -> list[Any]:
+    """Three steps each: DDP with a static graph takes another path from the second step on."""
+    batch = tiny_batch(GLOBAL_BATCH)
+    return [
+        run_step(tiny_clip(bias=options.get("siglip", False)), batch, steps=3, **options)
+        for options in RANK_CASES.values()
+    ]
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    return run_ranks(2, several_steps_of_all_cases)
+
+
+@pytest.mark.parametrize("case", RANK_CASES)
+def test_two_ranks_train_like_one_process_on_the_joined_batch(case, two_ranks):
+    options = {key: value for key, value in RANK_CASES[case].items() if key not in ("accum_freq", "engine")}
+    plain = run_step(tiny_clip(bias="siglip" in options), tiny_batch(GLOBAL_BATCH), steps=3, **options)
+    tolerance = 2e-3 if "precision" in options else 1e-6
+    found = [results[list(RANK_CASES).index(case)] for results in two_ranks]
+    assert_close(sum(metrics.loss for metrics, _, _ in found) / 2, plain[0].loss, tolerance)
+    for metrics, grads, state in found:
+        assert_close(metrics.grad_norm, plain[0].grad_norm, tolerance)
+        assert_close(grads, plain[1], tolerance)
+        assert_close(state, plain[2], tolerance)
+
+
+def dropout_on_two_ranks(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients of the step, and of one graph over the micro-batches of both ranks, averaged by hand."""
+    batch = tiny_batch(GLOBAL_BATCH)
+    torch.manual_seed(seed + rank())
+    state = torch.get_rng_state()
+    model = tiny_clip(dropout=0.3)
+    torch.set_rng_state(state)
+    _, found, _ = run_step(model, batch, accum_freq=2)
+    expected = tiny_clip(dropout=0.3)
+    torch.set_rng_state(state)
+    one_graph_over_all_micro_batches(expected, split(batch, world_size())[rank()], 2)
+    return found, gradients(expected)
+
+
+def test_dropout_differs_between_ranks_and_is_replayed_on_each():
+    (found, first), (found_there, second) = run_ranks(2, dropout_on_two_ranks, 9)
+    assert_close(found, found_there)
+    assert_close(found, {name: (first[name] + second[name]) / 2 for name in first})
+
+
+def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported():
+    batch = tiny_batch(GLOBAL_BATCH)
+    free, plain, _ = run_step(tiny_clip(), batch)
+    clipped, grads, _ = run_step(tiny_clip(), batch, grad_clip_norm=0.25)
+    norm = torch.stack([grad.norm() for grad in plain.values()]).norm()
+    assert norm > 0.25
+    assert_close(free.grad_norm, norm)
+    assert_close(clipped.grad_norm, norm)
+    assert torch.stack([grad.norm() for grad in grads.values()]).norm().item() == pytest.approx(0.25, rel=1e-4)
+
+
+def test_every_group_gets_the_step_s_learning_rate_times_its_scale():
+    model = tiny_clip()
+    groups = [{"params": [*model.visual.parameters()], "lr_scale": 0.5}, {"params": [*model.text.parameters()]}]
+    step = build_step(model, optimizer=torch.optim.SGD(groups))
+    step([tiny_batch(4)], lr=0.2)
+    assert [group["lr"] for group in step.optimizer.param_groups] == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(("start", "end"), [(9.0, math.log(100)), (-3.0, 0.0)])
+def test_the_logit_scale_is_clamped_after_the_step(start, end):
+    model = tiny_clip()
+    with torch.no_grad():
+        model.logit_scale.fill_(start)
+    metrics = build_step(model)([tiny_batch(4)], lr=1e-6)
+    assert model.logit_scale.item() == pytest.approx(end)
+    assert metrics.logit_scale.item() == pytest.approx(math.exp(start))
+
+
+def test_an_overflow_skips_the_step_and_lowers_the_loss_scale():
+    model = tiny_clip()
+    step = build_step(model, precision="amp")
+    step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": 1e38})
+    before = [parameter.clone() for parameter in model.parameters()]
+    metrics = step([tiny_batch(8)], lr=0.1)
+    assert not torch.isfinite(metrics.grad_norm)
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+    assert step.scaler.get_scale() == pytest.approx(5e37)
+
+
+@pytest.mark.parametrize("accum_freq", [1, 2])
+def test_training_lowers_the_loss(accum_freq):
+    model, batch = tiny_clip(), tiny_batch(GLOBAL_BATCH)
+    step = build_step(model, optimizer=torch.optim.AdamW(model.parameters()))
+    losses = [step(split(batch, accum_freq), lr=0.01).loss.item() for _ in range(30)]
+    assert losses[-1] < 0.2 * losses[0]

@@ -1,0 +1,118 @@
+"""The collectives that training code calls; with one process each of them is the identity.
+
+Every function here except ``rank`` and ``world_size`` must be called by all ranks, in the same order.
+Legend: B rank batch, G global batch, E embedding.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process among all; 0 without a process group."""
+    return dist.get_rank() if _is_distributed() else 0
+
+
+def world_size() -> int:
+    """How many processes train together; 1 without a process group."""
+    return dist.get_world_size() if _is_distributed() else 1
+
+
+def all_gather_with_grad(rows: Tensor) -> Tensor:
+    """Rows of all ranks in rank order, [B, E] -> [G, E]; B must be equal on all ranks.
+
+    The backward pass sums over ranks what each of them computed for these rows, so that with gradients averaged over
+    ranks afterwards (DDP) the mean over ranks of a per-rank loss has its exact gradient.
+    """
+    if world_size() == 1:
+        return rows
+    return cast(Tensor, _AllGatherRows.apply(rows))  # collective: all ranks
+
+
+def all_gather_rows(rows: Tensor) -> Tensor:
+    """Rows of all ranks in rank order, without gradient; the number of rows may differ between ranks.
+
+    Args:
+        rows: [R, ...] with the same trailing shape and dtype on every rank; R may be 0.
+    """
+    if world_size() == 1:
+        return rows.detach()
+    counts = _all_gather(torch.tensor([rows.shape[0]], device=rows.device)).tolist()  # host sync
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: rows.shape[0]] = rows.detach()
+    blocks = _all_gather(padded).split(max(counts))  # W x [max R, ...]
+    return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Element-wise sum over ranks, as a new tensor without gradient."""
+    return _all_reduce(tensor, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Element-wise maximum over ranks, as a new tensor without gradient."""
+    return _all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's value, on every rank. It is pickled: for decisions and names, not for tensors of a model."""
+    if world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)  # collective: all ranks, host sync
+    return cast(T, box[0])
+
+
+def gather_objects(value: T) -> list[T]:
+    """The values of all ranks in rank order, on every rank. They are pickled."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)  # collective: all ranks, host sync
+    return values
+
+
+def barrier() -> None:
+    """Returns when all ranks have called it."""
+    if world_size() > 1:
+        dist.barrier()  # collective: all ranks, host sync
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _all_gather(rows: Tensor) -> Tensor:
+    gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
+    dist.all_gather_into_tensor(gathered, rows.contiguous())  # collective: all ranks
+    return gathered
+
+
+def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    reduced = tensor.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(reduced, op=operation)  # collective: all ranks
+    return reduced
+
+
+class _AllGatherRows(torch.autograd.Function):
+    """One all-gather forward, one reduce-scatter backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return _all_gather(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        summed = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
+        dist.reduce_scatter_tensor(summed, grad.contiguous())  # collective: all ranks, sum
+        return summed

@@ -1,0 +1,93 @@
+"""Builds the optimizer that --opt names: AdamW, NAdamW, or any of timm's as ``timm/NAME``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from training.config import OptimConfig
+from training.optim.param_groups import build_param_groups
+
+logger = logging.getLogger(__name__)
+
+_TIMM = "timm/"
+_OWN_NAMES = ("adamw", "nadamw")
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """An optimizer over what the model trains.
+
+    Args:
+        model: the plain model: ``unwrap`` it first, so that parameter names are its own.
+
+    Raises:
+        ValueError: an unknown --opt, values that it needs and does not have, or --opt-kwargs that it does not take.
+    """
+    name = config.opt.lower()
+    try:
+        if name.startswith(_TIMM):
+            return _build_timm(model, name.removeprefix(_TIMM), config)
+        if name in _OWN_NAMES:
+            return _build_torch(model, name, config)
+    except TypeError as error:
+        raise ValueError(f"--opt {config.opt} refused its arguments ({error}): correct --opt-kwargs") from error
+    raise ValueError(f"--opt {config.opt}: unknown; give one of {', '.join(_OWN_NAMES)}, or timm/NAME (timm/lion, ...)")
+
+
+def _build_torch(model: nn.Module, name: str, config: OptimConfig) -> torch.optim.Optimizer:
+    values = {"--lr": config.lr, "--beta1": config.beta1, "--beta2": config.beta2, "--eps": config.eps}
+    if missing := [flag for flag, value in values.items() if value is None]:
+        raise ValueError(f"--opt {config.opt} needs {', '.join(missing)}: give a value")
+    groups = build_param_groups(model.named_parameters(), weight_decay=config.wd, exclude=config.wd_exclude)
+    settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, **config.opt_kwargs}
+    if name == "nadamw":
+        return torch.optim.NAdam(groups, decoupled_weight_decay=True, **settings)
+    optimizer = _build_adamw(groups, settings)
+    # A checkpoint brings the settings of the run that wrote it, and OpenCLIP's are not fused.
+    implementation = {key: optimizer.defaults[key] for key in ("fused", "foreach")}
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: _with_settings(state, implementation))
+    return optimizer
+
+
+def _build_adamw(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.AdamW:
+    """Fused where it exists: one kernel that reads and writes each value once, and no wait for the loss scaler."""
+    if "fused" in settings or "foreach" in settings:
+        return torch.optim.AdamW(groups, **settings)
+    try:
+        # A copy, because a constructor that fails may have filled in defaults.
+        return torch.optim.AdamW([dict(group) for group in groups], fused=True, **settings)
+    except RuntimeError as error:
+        logger.info("AdamW is not fused here (%s)", error)
+        return torch.optim.AdamW(groups, **settings)
+
+
+def _with_settings(state: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of an optimizer's state dict with some settings of every group replaced."""
+    return {**state, "param_groups": [{**group, **settings} for group in state["param_groups"]]}
+
+
+def _build_timm(model: nn.Module, name: str, config: OptimConfig) -> torch.optim.Optimizer:
+    if (config.beta1 is None) != (config.beta2 is None):
+        raise ValueError(
+            f"--opt {config.opt} with --beta1 {config.beta1} and --beta2 {config.beta2}: give both or neither "
+            "(timm's optimizers have defaults of their own)"
+        )
+    if config.wd_exclude:
+        raise ValueError(f"--wd-exclude has no effect with --opt {config.opt}, whose groups timm makes: leave it out")
+    settings = dict(config.opt_kwargs)
+    if config.beta1 is not None:
+        settings["betas"] = (config.beta1, config.beta2)
+    if config.momentum is not None:
+        settings["momentum"] = config.momentum
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            model, name, lr=config.lr, weight_decay=config.wd, eps=config.eps, **settings
+        )
+    except ValueError as error:
+        raise ValueError(f"--opt {config.opt}: {error}; timm.optim.list_optimizers() lists the names") from error
+    return optimizer

@@ -1,0 +1,249 @@
+"""One optimizer update: forward, loss, backward, clip, step, clamp, from one micro-batch or from several.
+
+One micro-batch:
+
+    images, texts -> model -> features -> loss over the global batch -> gradients -> clip -> update
+
+Several (--accum-freq k). The contrastive loss compares every image with every text, so the losses of k small batches
+are not the loss of the big one. The chain rule is cut at the features instead (GradCache, Gao et al. 2021,
+"Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"):
+
+    1. features of all micro-batches, without gradient                   memory: features only
+    2. the loss once, on all of them -> d loss / d features, d loss / d temperature
+    3. each micro-batch again, with gradient, fed with its part of 2     memory: one micro-batch
+
+which is the gradient of the big batch for every parameter, at the price of a second forward pass.
+
+Nothing here waits for the device: metrics are returned as tensors on it.
+Legend: B rank batch, E embedding, k micro-batches, R = k * B rows of this rank in the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from models.clip import ClipOutput
+from training.data.batch import DeviceBatch
+from training.distributed.parallelize import unwrap
+from training.losses import Loss
+from training.precision import Precision
+
+MAX_LOG_LOGIT_SCALE = math.log(100)
+"""The temperature may sharpen logits at most 100 times (Radford et al. 2021, section 2.5)."""
+
+
+class StepMetrics(NamedTuple):
+    """What one step measured: 0-D tensors on the device, of this rank. Reading them waits for the device."""
+
+    loss: Tensor
+    """This rank's share of the global loss: average it over ranks. For the batch before the update."""
+    logit_scale: Tensor
+    """Exponential of the parameter, as used in this step's loss."""
+    grad_norm: Tensor | None
+    """L2 norm of all gradients before clipping, equal on all ranks; not finite if the scaler skipped the step."""
+    logit_bias: Tensor | None
+
+
+class TrainStep:
+    """Callable that updates a model. All ranks must call it with the same number of micro-batches."""
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        loss: Loss,
+        optimizer: torch.optim.Optimizer,
+        precision: Precision,
+        scaler: torch.amp.GradScaler | None = None,
+        grad_clip_norm: float | None = None,
+    ) -> None:
+        """
+        Args:
+            model: what ``parallelize`` returned.
+            scaler: what ``precision.grad_scaler()`` returned; a disabled one stands in for None.
+            grad_clip_norm: gradients are scaled down to this L2 norm if they exceed it.
+        """
+        self.model = model
+        self.loss = loss
+        self.optimizer = optimizer
+        self.precision = precision
+        self.scaler = scaler or torch.amp.GradScaler(precision.device_type, enabled=False)
+        self.grad_clip_norm = grad_clip_norm
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Ranks exchange gradients once per step, in DDP's backward pass of the last micro-batch. A backward pass of
+        # the plain model beside it adds to this rank's gradients only, and DDP averages the sum. In the first step
+        # every micro-batch goes through DDP, which averages what is already average and changes nothing: DDP with a
+        # static graph counts gradients until its first exchange, and would wait for the local ones for ever after.
+        self._has_exchanged = False
+
+    def __call__(self, micro_batches: Sequence[DeviceBatch], *, lr: float) -> StepMetrics:
+        """Updates the weights once from all micro-batches together.
+
+        Args:
+            micro_batches: this rank's part of the global batch, in equal pieces.
+            lr: learning rate of this step; a parameter group with an ``lr_scale`` gets that multiple of it.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        # None instead of zeros: the first backward pass then writes gradients instead of adding to them.
+        self.optimizer.zero_grad(set_to_none=True)
+        if len(micro_batches) == 1:
+            loss, output = self._backward(micro_batches[0])
+        else:
+            loss, output = self._backward_accumulated(micro_batches)
+        self._has_exchanged = True
+        grad_norm = self._update()
+        bias = output.logit_bias
+        return StepMetrics(loss, output.logit_scale.detach(), grad_norm, None if bias is None else bias.detach())
+
+    def _backward(self, batch: DeviceBatch) -> tuple[Tensor, ClipOutput]:
+        """Gradients of one micro-batch. DDP sums them over ranks while the backward pass still runs."""
+        output = self._forward(self.model, batch)
+        loss = self.loss(*output)  # outside of autocast: logits and loss in fp32
+        self.scaler.scale(loss).backward()
+        return loss.detach(), output
+
+    def _backward_accumulated(self, micro_batches: Sequence[DeviceBatch]) -> tuple[Tensor, ClipOutput]:
+        """The same gradients from k micro-batches, with the activations of one of them in memory at a time."""
+        # 1. Features of all micro-batches, and the random state each of them started with.
+        outputs, random_states = self._encode_without_gradient(micro_batches)
+
+        # 2. One loss over everything. The features become leaves, so backward stops there instead of in the towers.
+        joined = _join(outputs)
+        loss = self.loss(*joined)
+        self.scaler.scale(loss).backward()
+        cut = _split_gradients(joined, sizes=[len(output.image_features) for output in outputs])
+
+        # 3. Through the towers, piece by piece.
+        last = len(micro_batches) - 1
+        for index, (batch, state, gradients) in enumerate(zip(micro_batches, random_states, cut, strict=True)):
+            state.restore()  # the same dropout masks as in 1, or these would be other features than the loss saw
+            model = self.model if index == last or not self._has_exchanged else unwrap(self.model)
+            _backward_from(self._forward(model, batch), gradients)
+        return loss.detach(), outputs[0]
+
+    def _encode_without_gradient(
+        self, micro_batches: Sequence[DeviceBatch]
+    ) -> tuple[list[ClipOutput], list[RandomState]]:
+        # The plain model: DDP prepares for a backward pass in each forward pass, and these have none.
+        model = unwrap(self.model)
+        outputs, random_states = [], []
+        # Phase 3 sees the same batches again: running statistics of BatchNorm must count them once.
+        with torch.no_grad(), _running_statistics_kept(model):
+            for batch in micro_batches:
+                random_states.append(RandomState.capture(batch.images.device))
+                outputs.append(self._forward(model, batch))
+        return outputs, random_states
+
+    def _forward(self, model: nn.Module, batch: DeviceBatch) -> ClipOutput:
+        # One autocast region per forward pass. It remembers weights cast to half precision, and a cast made without
+        # gradient, reused with gradient, would cut the weight off from the graph.
+        with self.precision.autocast():
+            return cast(ClipOutput, model(batch.images, batch.texts))
+
+    def _update(self) -> Tensor:
+        """Clips, steps and clamps; returns the norm of the gradients before clipping."""
+        self.scaler.unscale_(self.optimizer)  # clipping and the norm are about true gradients
+        if self.grad_clip_norm is not None:
+            grad_norm = nn.utils.clip_grad_norm_(self._parameters, self.grad_clip_norm)
+        else:
+            # Reads each gradient once: well below one per cent of a step, and the first thing to look at in a bad run.
+            gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+            grad_norm = nn.utils.get_total_norm(gradients)
+        self.scaler.step(self.optimizer)  # leaves the weights alone if a scaled gradient overflowed
+        self.scaler.update()
+        with torch.no_grad():
+            cast(Tensor, unwrap(self.model).logit_scale).clamp_(0, MAX_LOG_LOGIT_SCALE)
+        return grad_norm
+
+
+class _Gradients(NamedTuple):
+    """Gradients of the loss with respect to the fields of a ``ClipOutput``; None where there is none."""
+
+    image_features: Tensor | None
+    text_features: Tensor | None
+    logit_scale: Tensor | None
+    logit_bias: Tensor | None
+
+
+class _Scalars(NamedTuple):
+    logit_scale: Tensor | None
+    logit_bias: Tensor | None
+
+
+def _join(outputs: Sequence[ClipOutput]) -> ClipOutput:
+    """k outputs -> one over all rows, whose tensors are leaves: k x [B, E] -> [R, E]."""
+    first = outputs[0]
+    return ClipOutput(
+        image_features=torch.cat([output.image_features for output in outputs]).requires_grad_(),
+        text_features=torch.cat([output.text_features for output in outputs]).requires_grad_(),
+        logit_scale=first.logit_scale.detach().clone().requires_grad_(),
+        logit_bias=None if first.logit_bias is None else first.logit_bias.detach().clone().requires_grad_(),
+    )
+
+
+def _split_gradients(joined: ClipOutput, *, sizes: list[int]) -> list[_Gradients]:
+    """Gradients for each micro-batch: its rows of the features', and with the last one the whole of the scalars'."""
+    image_gradients = _gradient(joined.image_features).split(sizes)  # [R, E] -> k x [B, E]
+    text_gradients = _gradient(joined.text_features).split(sizes)
+    scalars = _Scalars(joined.logit_scale.grad, None if joined.logit_bias is None else joined.logit_bias.grad)
+    # Zero rather than nothing: DDP expects the same parameters in every backward pass.
+    zeros = _Scalars(*(None if gradient is None else torch.zeros_like(gradient) for gradient in scalars))
+    pieces = [_Gradients(*rows, *zeros) for rows in zip(image_gradients, text_gradients, strict=True)]
+    pieces[-1] = pieces[-1]._replace(**scalars._asdict())
+    return pieces
+
+
+def _gradient(features: Tensor) -> Tensor:
+    assert features.grad is not None, "the loss does not depend on the features"
+    return features.grad
+
+
+def _backward_from(output: ClipOutput, gradients: _Gradients) -> None:
+    """Backward from the outputs of the model, starting with the gradients that the loss gave them."""
+    pairs = [
+        (tensor, gradient)
+        for tensor, gradient in zip(output, gradients, strict=True)
+        if tensor is not None and gradient is not None and tensor.requires_grad  # a locked tower has nothing to learn
+    ]
+    torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
+
+
+class RandomState(NamedTuple):
+    """State of the generators that a forward pass draws from, on the host and on its device."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+    device: torch.device
+
+    @classmethod
+    def capture(cls, device: torch.device) -> Self:
+        """A CUDA generator's state is a seed and an offset kept on the host: reading it waits for nothing."""
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(torch.get_rng_state(), cuda, device)
+
+    def restore(self) -> None:
+        """The generators continue from here."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+
+
+@contextmanager
+def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, BatchNorm's running mean, variance and count are as before afterwards."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    kept = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            for buffer, before in zip(norm.buffers(), buffers, strict=True):
+                buffer.copy_(before)
