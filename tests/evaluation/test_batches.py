@@ -11,6 +11,7 @@ from tests.evaluation.builders import (
     PREPROCESS,
     captions_of,
     draw_image,
+    encoded,
     loading,
     tokenizer,
     write_class_folders,
@@ -83,7 +84,7 @@ def test_a_batch_holds_transformed_images_and_the_captions_of_each(tmp_path: Pat
 def test_a_broken_image_ends_the_evaluation_and_is_named(tmp_path: Path, workers: int) -> None:
     directory = write_classification_set(tmp_path / "zoo")
     (directory / "test" / "1.tar").unlink()
-    write_tar(directory / "test" / "1.tar", [("dull", {"jpg": b"no image at all", "cls": b"0"})])
+    write_tar(directory / "test" / "1.tar", [("dull", {"png": encoded(1)[:120], "cls": b"0"})])
     source = open_classification_set(str(directory), rank=0, world_size=1).source
     message = r"^Shard '.*/zoo/test/1.tar', sample 'dull': broken image. An evaluation never leaves samples out"
     with pytest.raises(ValueError, match=message):

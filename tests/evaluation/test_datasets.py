@@ -77,7 +77,8 @@ def break_cut(directory: Path) -> None:
     path.write_bytes(path.read_bytes()[:3000])
 
 
-GOOD = {"png": b"x", "cls": b"1"}
+PNG = encoded(0)
+GOOD = {"png": PNG, "cls": b"1"}
 
 
 @pytest.mark.parametrize(
@@ -87,10 +88,11 @@ GOOD = {"png": b"x", "cls": b"1"}
         (break_write("test/nshards.txt", "two"), r"nshards.txt' holds 'two', not a number"),
         (break_write("test/nshards.txt", "4"), r"says 4 shards .* but .* has 3 \(3.tar is missing"),
         (break_remove("test/1.tar"), r"says 3 shards .* but .* has 2 \(1.tar is missing"),
-        (break_shard({"png": b"x"}), r"1.tar', sample 'odd' has no .cls member \(its members: .png\). 1 such"),
+        (break_shard({"png": PNG}), r"1.tar', sample 'odd' has no .cls member \(its members: .png\). 1 such"),
         (break_shard({"cls": b"1", "json": b"{}"}), r"sample 'odd' has no image member \(its members: .cls, .json\)"),
-        (break_shard({"png": b"x", "cls": b"7"}), r"sample 'odd': label 7 is out of range for the 7 classes"),
-        (break_shard({"png": b"x", "cls": b"fox"}), r"sample 'odd': label 'fox' is not a class number"),
+        (break_shard({"png": PNG, "cls": b"7"}), r"sample 'odd': label 7 is out of range for the 7 classes"),
+        (break_shard({"jpg": b"no jpeg", "cls": b"1"}), r"sample 'odd': its .jpg member is no image"),
+        (break_shard({"png": PNG, "cls": b"fox"}), r"sample 'odd': label 'fox' is not a class number"),
         (break_cut, r"2.tar' is damaged \(truncated at byte 3000"),
         (break_write("classnames.txt", "\n"), r"classnames.txt' is empty"),
         (break_write("zeroshot_classification_templates.txt", ""), r"templates.txt' is empty"),
@@ -133,10 +135,10 @@ def test_a_set_without_tars_is_refused(tmp_path: Path) -> None:
 
 def test_an_image_without_captions_is_refused_in_a_retrieval_set(tmp_path: Path) -> None:
     directory = write_retrieval_set(tmp_path / "flickr")
-    write_tar(directory / "test" / "0.tar", [("a", {"png": b"x", "txt": b"fine"}), ("b", {"png": b"x", "txt": b" \n"})])
+    write_tar(directory / "test" / "0.tar", [("a", {"png": PNG, "txt": b"fine"}), ("b", {"png": PNG, "txt": b" \n"})])
     with pytest.raises(ValueError, match=r"0.tar', sample 'b': empty caption"):
         open_retrieval_set(str(directory), rank=0, world_size=1)
-    write_tar(directory / "test" / "0.tar", [("a", {"png": b"x"})])
+    write_tar(directory / "test" / "0.tar", [("a", {"png": PNG})])
     with pytest.raises(ValueError, match=r"sample 'a' has no .txt member"):
         open_retrieval_set(str(directory), rank=0, world_size=1)
 
@@ -192,8 +194,8 @@ def test_local_validation_shards_are_indexed_and_piped_ones_are_streamed(tmp_pat
 
 
 def test_samples_that_are_no_pairs_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pair = {"jpg": b"x", "txt": b"a caption\nof two lines"}
-    write_tar(tmp_path / "0.tar", [("a", pair), ("b", {"jpg": b"x"}), ("c", {"jpg": b"x", "txt": b" "}), ("d", pair)])
+    pair = {"jpg": PNG, "txt": b"a caption\nof two lines"}
+    write_tar(tmp_path / "0.tar", [("a", pair), ("b", {"jpg": PNG}), ("c", {"jpg": PNG, "txt": b" "}), ("d", pair)])
     for path in (f"{tmp_path}/0.tar", f"pipe:cat {tmp_path}/0.tar"):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
@@ -204,9 +206,9 @@ def test_samples_that_are_no_pairs_are_left_out_and_counted(tmp_path: Path, capl
 
 
 def test_image_and_text_keys_choose_the_members(tmp_path: Path) -> None:
-    write_tar(tmp_path / "0.tar", [("a", {"jpg": b"x", "left.png": b"y", "txt": b"one", "alt": b"two"})])
+    write_tar(tmp_path / "0.tar", [("a", {"jpg": b"x", "left.png": PNG, "txt": b"one", "alt": b"two"})])
     (sample,) = open_pairs(tmp_path / "0.tar", image_key="left.png", text_key="alt").part(0, 1)
-    assert (sample.image, sample.captions) == (b"y", ("two",))
+    assert (sample.image, sample.captions) == (PNG, ("two",))
 
 
 def test_a_csv_gives_pairs_in_file_order_without_rows_that_lack_a_caption(tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def test_towers_run_in_eval_mode_and_inference_and_the_given_context_then_train_
 
 
 def test_flags_are_restored_when_an_evaluation_fails(tmp_path: Path) -> None:
-    write_tar(tmp_path / "0.tar", [("a", {"jpg": b"broken", "txt": b"caption"})])
+    write_tar(tmp_path / "0.tar", [("a", {"jpg": encoded(1)[:120], "txt": b"caption"})])
     model = tiny_clip().train()
     with pytest.raises(ValueError, match="sample 'a': broken image"):
         run(model, build(EvaluationConfig(), DataConfig(val_data=f"{tmp_path}/0.tar", workers=0)))

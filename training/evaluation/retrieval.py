@@ -13,8 +13,8 @@ from torch import Tensor
 
 OPENCLIP_KS = (1, 5, 10)
 BENCHMARK_KS = (1, 5, 10)
-_MAX_CHUNK_SCORES = 1 << 27
-"""Scores held at once: 512 MiB in fp32, however long the list of candidates is."""
+_MAX_CHUNK_SCORES = 1 << 26
+"""Scores held at once, 256 MiB in fp32 and about three times that with masks, however many candidates there are."""
 
 
 def positive_ranks(
@@ -29,7 +29,7 @@ def positive_ranks(
         candidates: fp32 [C, E], normalised.
         query_ids: int64 [Q]; every id occurs among ``candidate_ids``.
         candidate_ids: int64 [C].
-        chunk_size: queries scored at once (fewer where C is large).
+        chunk_size: queries scored at once, at most (fewer where C is large).
 
     Returns:
         int64 [Q], on the device of the queries.

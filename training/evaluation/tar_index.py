@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+from PIL import Image
 
 from training.data.decode import UnusableSample, decode_caption
 from training.data.tar_reader import BLOCK_BYTES, TarError, read_members, split_name
@@ -132,11 +135,21 @@ class CaptionedReader:
 
 
 def image_member(path: str, key: str, members: dict[str, Member], extensions: tuple[str, ...]) -> Member:
-    """The sample's image."""
+    """The sample's image, if its first bytes are an image's: what is broken later on shows when it is decoded."""
     for extension in extensions:
         if extension in members:
+            if not _has_image_header(members[extension].data):
+                raise Unfit(f"Shard {path!r}, sample {key!r}: its .{extension} member is no image.")
             return members[extension]
     raise Unfit(f"Shard {path!r}, sample {key!r} has no image member (its members: {_names(members)}).")
+
+
+def _has_image_header(data: bytes) -> bool:
+    try:
+        with Image.open(io.BytesIO(data)):
+            return True
+    except Exception:  # Pillow's plugins raise a dozen types for damaged files, SyntaxError among them
+        return False
 
 
 def parse_captions(data: bytes, *, single: bool, where: str) -> tuple[str, ...]:
