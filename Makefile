@@ -48,12 +48,8 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 
 install: $(INSTALLED)  ## make .venv and install Clipyard into it
 
-$(DEMO_DATA)/.complete: $(wildcard training/commands/*demo_data*.py training/data/demo*.py) | $(INSTALLED)
-	rm -rf $(DEMO_DATA)
+demo: $(INSTALLED)  ## make the demo shards, train on them, evaluate, print the result
 	$(PYTHON) -m training.commands.main make-demo-data $(DEMO_DATA)
-	@touch $@
-
-demo: $(INSTALLED) $(DEMO_DATA)/.complete  ## make the demo shards, train on them, evaluate, print the result
 	$(PYTHON) -m training.main --config $(DEMO_CONFIG) --logs $(LOGS) --name $(DEMO_RUN) \
 	    --train-data '$(DEMO_DATA)/train/*.tar' --val-data '$(DEMO_DATA)/val/*.tar' \
 	    --zeroshot-data $(DEMO_DATA)/zeroshot --retrieval-data $(DEMO_DATA)/retrieval
@@ -70,5 +66,5 @@ gpu: $(INSTALLED_TEST)  ## GPU tests, then GPU benchmarks into benchmarks/result
 	$(PYTHON) -m pytest -q -m gpu tests/gpu
 	PYTHON=$(PYTHON) bash benchmarks/gpu_all.sh
 
-clean:  ## remove .venv and the demo shards; runs under logs/ stay
+clean:  ## remove .venv and the demo shards; what was trained stays under logs
 	rm -rf $(VENV) $(DEMO_DATA)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import statistics
 import time
@@ -10,8 +11,19 @@ from typing import Any, NamedTuple
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 Blocks = list[list[float]]
 """Step times of one arm in ms, one list per block."""
+
+
+class Times(NamedTuple):
+    """Both clocks of one arm."""
+
+    wall: Blocks
+    work: Blocks
+    """Processor time of all threads together: still tells which arm has more to do when other programs share the
+    machine. CPU runs only; no entries on CUDA."""
 
 
 class Spread(NamedTuple):
@@ -39,10 +51,11 @@ class Arm(NamedTuple):
     step: Callable[[Any], object]
 
 
-def time_block(arm: Arm, *, first_step: int, steps: int, device: torch.device) -> list[float]:
-    """Step times in ms. On CUDA one pair of events per step, and one host sync for the whole block."""
+def time_block(arm: Arm, *, first_step: int, steps: int, device: torch.device) -> tuple[list[float], list[float]]:
+    """Wall and processor times of steps in ms. On CUDA a pair of events per step, and one host sync for all."""
     if device.type != "cuda":
-        return [_time_on_cpu(arm, number) for number in range(first_step, first_step + steps)]
+        wall, work = zip(*(_time_on_cpu(arm, number) for number in range(first_step, first_step + steps)), strict=True)
+        return list(wall), list(work)
     pairs = []
     for number in range(first_step, first_step + steps):
         batch = arm.prepare(number)
@@ -52,30 +65,34 @@ def time_block(arm: Arm, *, first_step: int, steps: int, device: torch.device) -
         end.record()
         pairs.append((begin, end))
     torch.cuda.synchronize(device)  # host sync
-    return [begin.elapsed_time(end) for begin, end in pairs]
+    return [begin.elapsed_time(end) for begin, end in pairs], []
 
 
-def _time_on_cpu(arm: Arm, number: int) -> float:
+def _time_on_cpu(arm: Arm, number: int) -> tuple[float, float]:
     batch = arm.prepare(number)
-    begin = time.perf_counter()
+    wall, work = time.perf_counter(), time.process_time()
     arm.step(batch)
-    return (time.perf_counter() - begin) * 1000
+    return (time.perf_counter() - wall) * 1000, (time.process_time() - work) * 1000
 
 
 def alternate(
     arms: Mapping[str, Arm], *, blocks: int, block_steps: int, rewarm_steps: int, device: torch.device
-) -> dict[str, Blocks]:
+) -> dict[str, Times]:
     """Blocks of steps in the order A B B A A B B A ..., so that a drift of the machine meets both arms alike.
 
     ``rewarm_steps`` at the start of a block are run and not counted: caches still hold the other arm's data.
     """
-    times: dict[str, Blocks] = {name: [] for name in arms}
+    times = {name: Times([], []) for name in arms}
     for block in range(blocks):
         order = list(arms) if block % 2 == 0 else list(arms)[::-1]
         for name in order:
             first_step = block * block_steps
-            time_block(arms[name], first_step=first_step, steps=rewarm_steps, device=device)
-            times[name].append(time_block(arms[name], first_step=first_step, steps=block_steps, device=device))
+            if rewarm_steps:
+                time_block(arms[name], first_step=first_step, steps=rewarm_steps, device=device)
+            wall, work = time_block(arms[name], first_step=first_step, steps=block_steps, device=device)
+            times[name].wall.append(wall)
+            times[name].work.append(work)
+            logger.info("block %d of %d, %s: %.1f ms", block + 1, blocks, name, statistics.median(wall))
     return times
 
 

@@ -16,6 +16,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from benchmarks.batches import HostBatch, describe_captions, make_batches
 from benchmarks.memory import peak_gib, reset_peak, resident_gib
 from benchmarks.parity import Parity, check_parity
 from benchmarks.provenance import ROOT, describe_run
-from benchmarks.timing import Arm, Blocks, alternate, speed_ratio, spread, time_block
+from benchmarks.timing import Arm, Times, alternate, speed_ratio, spread, time_block
 from benchmarks.train_step_arms import ARMS, ArmSettings, ClipyardArm, OpenClipArm, StepArm, use_open_clip_checkout
 from models.factory import create_model
 from training.data.batch import DeviceBatch, normalize
@@ -66,8 +67,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the whole benchmark, or, in a child process, measure the memory of one arm."""
     arguments = parse_arguments(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logger.setLevel(logging.INFO)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    logging.getLogger("benchmarks").setLevel(logging.INFO)
     if arguments.open_clip_path:
         use_open_clip_checkout(arguments.open_clip_path)
     torch.manual_seed(0)
@@ -107,16 +108,17 @@ class Feed:
             arguments.batches,
             batch_size=arguments.batch_size,
             image_size=built.preprocess.size,
-            context_length=built.config.text.context_length,
+            context_length=built.config.text_cfg.context_length,
             full_length=arguments.full_length,
             seed=0,
         )
         device = torch.device(arguments.device)
         self._resident = [HostBatch(*(tensor.to(device) for tensor in batch)) for batch in self.host]
 
-    def __call__(self, step: int) -> DeviceBatch:
+    def __call__(self, step: int, *, dtype: torch.dtype = torch.float32) -> DeviceBatch:
         batch = self._resident[step % len(self._resident)]
-        return DeviceBatch(normalize(batch.images, mean=self._preprocess.mean, std=self._preprocess.std), batch.texts)
+        images = normalize(batch.images, mean=self._preprocess.mean, std=self._preprocess.std, dtype=dtype)
+        return DeviceBatch(images, batch.texts)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
@@ -132,12 +134,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "run": run,
     }
     if len(arms) == 2:
-        result["parity"] = gate(arms, feed, arguments)._asdict()
+        parity = gate(arms, feed, arguments)
+        logger.info("parity: loss apart %.1e, gradients %s", parity.loss_difference, parity.gradient_difference)
+        result["parity"] = parity._asdict()
     times = measure_times(arms, feed, arguments)
     result["arms"] = {name: describe_times(times[name], batch_size=arguments.batch_size) for name in names}
     if len(arms) == 2:
-        result["ratio"] = speed_ratio(times[ClipyardArm.name], times[OpenClipArm.name])._asdict()
-    result["step_times_ms"] = {name: [[round(ms, 3) for ms in block] for block in times[name]] for name in names}
+        ours, theirs = times[ClipyardArm.name], times[OpenClipArm.name]
+        result["ratio"] = speed_ratio(ours.wall, theirs.wall)._asdict()
+        if torch.device(arguments.device).type != "cuda":
+            result["processor_time_ratio"] = speed_ratio(ours.work, theirs.work)._asdict()
+    result["step_times_ms"] = {name: [[round(ms, 3) for ms in block] for block in times[name].wall] for name in names}
     del arms  # their memory must be free before other processes measure theirs
     result["memory"] = {name: memory_of_child(name, arguments) for name in names}
     return result
@@ -147,16 +154,16 @@ def gate(arms: Mapping[str, StepArm], feed: Feed, arguments: argparse.Namespace)
     """Give both arms the same weights, and let no timing count unless they compute the same."""
     ours, theirs = arms[ClipyardArm.name], arms[OpenClipArm.name]
     theirs.model.load_state_dict(ours.model.state_dict(), strict=True)
-    steps = [feed(number) for number in range(arguments.parity_steps)]
+    steps = [feed(number, dtype=ours.input_dtype) for number in range(arguments.parity_steps)]
     return check_parity(ours, theirs, steps, precision=arguments.precision)
 
 
-def measure_times(arms: Mapping[str, StepArm], feed: Feed, arguments: argparse.Namespace) -> dict[str, Blocks]:
+def measure_times(arms: Mapping[str, StepArm], feed: Feed, arguments: argparse.Namespace) -> dict[str, Times]:
     """Warm both arms up, then time them in alternating blocks."""
     device = torch.device(arguments.device)
-    timed = {name: Arm(feed, arm.step) for name, arm in arms.items()}
+    timed = {name: Arm(partial(feed, dtype=arm.input_dtype), arm.step) for name, arm in arms.items()}
     for arm in timed.values():
-        time_block(arm, first_step=0, steps=arguments.warmup_steps, device=device)
+        time_block(arm, first_step=0, steps=max(1, arguments.warmup_steps), device=device)
     return alternate(
         timed,
         blocks=arguments.blocks,
@@ -166,10 +173,10 @@ def measure_times(arms: Mapping[str, StepArm], feed: Feed, arguments: argparse.N
     )
 
 
-def describe_times(blocks: Blocks, *, batch_size: int) -> dict[str, float]:
+def describe_times(times: Times, *, batch_size: int) -> dict[str, float]:
     """Step time and samples/s of one arm."""
-    times = spread(blocks)
-    return {**times._asdict(), "samples_per_s": batch_size * 1000 / times.median_ms}
+    wall = spread(times.wall)
+    return {**wall._asdict(), "samples_per_s": batch_size * 1000 / wall.median_ms}
 
 
 def measure_memory(arguments: argparse.Namespace) -> dict[str, float]:
@@ -180,7 +187,7 @@ def measure_memory(arguments: argparse.Namespace) -> dict[str, float]:
     before = resident_gib()
     reset_peak(device)
     for number in range(3):
-        arm.step(feed(number))
+        arm.step(feed(number, dtype=arm.input_dtype))
     return {"peak_gib": peak_gib(device), "resident_before_steps_gib": before}
 
 
@@ -220,6 +227,8 @@ def summary(result: Mapping[str, Any]) -> str:
     ]
     if ratio := result.get("ratio"):
         lines.append(f"clipyard is {ratio['value']:.3f} times as fast [{ratio['low']:.3f}, {ratio['high']:.3f}]")
+    if work := result.get("processor_time_ratio"):
+        lines.append(f"by processor time {work['value']:.3f} [{work['low']:.3f}, {work['high']:.3f}]")
     return "\n".join(lines)
 
 

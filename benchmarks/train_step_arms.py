@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+import configs
 from models.factory import create_model
 from training.config import EngineConfig, LossConfig, OptimConfig
 from training.data.batch import DeviceBatch
@@ -50,6 +51,8 @@ class StepArm(Protocol):
 
     name: str
     model: nn.Module
+    input_dtype: torch.dtype
+    """What the images must be when ``step`` gets them."""
 
     def step(self, batch: DeviceBatch) -> Tensor:
         """One optimizer step; the loss stays on the device."""
@@ -81,6 +84,7 @@ class ClipyardArm:
         self.model: nn.Module = create_model(settings.model, device=str(device)).model
         precision = build_precision(settings.precision, device)
         cast_parameters(self.model, precision)
+        self.input_dtype = precision.input_dtype
         self.model.train()
         self._lr = settings.lr
         self._loss = build_loss(LossConfig())
@@ -89,9 +93,7 @@ class ClipyardArm:
             model=parallelize(self.model, config=engine, runtime=runtime),
             loss=self._loss,
             optimizer=build_optimizer(self.model, optim),
-            scaler=None,
             precision=precision,
-            grad_clip_norm=None,
         )
 
     def step(self, batch: DeviceBatch) -> Tensor:
@@ -110,6 +112,8 @@ class OpenClipArm:
     def __init__(self, settings: ArmSettings) -> None:
         import open_clip
 
+        # Our own configurations by name, as well as OpenCLIP's.
+        open_clip.add_model_config(Path(configs.__file__).parent / "models")
         self._precision = settings.precision
         self._device = settings.device
         self.model: nn.Module = open_clip.create_model(
@@ -119,7 +123,7 @@ class OpenClipArm:
         if settings.grad_checkpointing:
             self.model.set_grad_checkpointing()
         self._loss = open_clip.ClipLoss(local_loss=False, gather_with_grad=False, cache_labels=True)
-        self._input_dtype = {"bf16": torch.bfloat16, "pure_bf16": torch.bfloat16}.get(settings.precision, torch.float32)
+        self.input_dtype = torch.bfloat16 if settings.precision in ("bf16", "pure_bf16") else torch.float32
         self._optimizer = self._build_optimizer(settings)
         tuned = settings.tune_open_clip
         self._forward: Callable[..., Mapping[str, Tensor]] = torch.compile(self.model) if tuned else self.model
@@ -145,10 +149,9 @@ class OpenClipArm:
         return torch.autocast(self._device.type, dtype=torch.bfloat16)
 
     def step(self, batch: DeviceBatch) -> Tensor:
-        images = batch.images.to(self._input_dtype)
         self._optimizer.zero_grad()
         with self._autocast():
-            total: Tensor = self._loss(**self._forward(images, batch.texts), output_dict=True)["contrastive_loss"]
+            total: Tensor = self._loss(**self._forward(batch.images, batch.texts), output_dict=True)["contrastive_loss"]
         total.backward()
         self._optimizer.step()
         with torch.no_grad():
