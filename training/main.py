@@ -70,6 +70,7 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one training process to its end; a failure on any rank ends all ranks with a non-zero code."""
     parsed = parse_or_exit(sys.argv[1:] if argv is None else argv)
+    set_up_logging(path=None, debug=parsed.config.logging.debug, rank=0, on_screen=False)
     runtime = start_runtime(parsed.config.engine)
     with fail_together(runtime):
         start_training = _prepare(parsed, runtime)
@@ -85,7 +86,7 @@ def _prepare(parsed: Parsed, runtime: Runtime) -> Callable[[], None]:
     except ValueError as error:
         if parsed.config.logging.debug:
             raise
-        logging.getLogger(__name__).error("%s", error)
+        logger.error("%s", error)
         raise SystemExit(_EXIT_BAD_USAGE) from error
 
 
@@ -210,7 +211,7 @@ def _build_training(
     built.model.to(runtime.device)
     trained = parallelize(built.model, config=config.engine, runtime=runtime)
     optimizer = build_optimizer(built.model, config.optim)
-    parts = RunParts(built.model, optimizer, precision.build_scaler(), loader, TrainState())
+    parts = RunParts(built.model, optimizer, precision.grad_scaler(), loader, TrainState())
     checkpointer = Checkpointer(run.paths.checkpoints if run.paths else Path(), keep=config.checkpoint.keep_checkpoints)
     _resume(run, parts, checkpointer=checkpointer, plan=plan)
     _record_settings(run, built, plan)
@@ -270,11 +271,6 @@ def _build_evaluation_only(
     run: Run, built: BuiltModel, *, evaluators: Sequence[Evaluator], precision: Precision
 ) -> Callable[[], None]:
     """Without training data the weights are evaluated once, as in OpenCLIP."""
-    if not evaluators:
-        raise ValueError(
-            "Nothing to do: pass --train-data to train (or --dataset-type synthetic), or --val-data, --imagenet-val, "
-            "--zeroshot-data or --retrieval-data to evaluate --pretrained or --resume."
-        )
     epoch = 0
     if run.config.checkpoint.resume:
         checkpointer = Checkpointer(run.paths.checkpoints if run.paths else Path(), keep=2)
@@ -387,7 +383,8 @@ def _record_settings(run: Run, built: BuiltModel, plan: TrainPlan) -> None:
         plan.accum_freq,
         config.engine.precision,
     )
-    for line in describe_loss(config.loss):
+    # The remarks on gathering concern several ranks only.
+    for line in describe_loss(config.loss)[: None if runtime.world_size > 1 else 1]:
         logger.info("%s", line)
     if run.paths is None:
         return

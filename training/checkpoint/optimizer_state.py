@@ -6,19 +6,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SEPARATOR = "//"
 
 
-def parameter_names(optimizer: torch.optim.Optimizer) -> list[str]:
+def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
     """Names in the order in which the optimizer numbers its parameters."""
-    return [name for group in optimizer.param_groups for name in group["param_names"]]
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pack_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors by PARAMETER//STATE on the CPU, the rest in JSON types)."""
-    names = parameter_names(optimizer)
+    names = parameter_names(optimizer, model)
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     for index, state in optimizer.state_dict()["state"].items():
@@ -30,13 +31,15 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
     return tensors, scalars
 
 
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
+) -> None:
     """Puts packed state back, by name; learning rate, betas and the like stay as the run is configured now.
 
     Raises:
         ValueError: state of parameters that this optimizer does not have, or the reverse.
     """
-    names = parameter_names(optimizer)
+    names = parameter_names(optimizer, model)
     state: dict[int, dict[str, Any]] = {}
     number = {name: index for index, name in enumerate(names)}
     for name, key, value in _entries(tensors, scalars):

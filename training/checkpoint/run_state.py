@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.clip import Clip
 from models.weights import load_weights
 from training.checkpoint.checkpointer import Checkpointer, StepCheckpoint, read_step_checkpoint
 from training.checkpoint.export import newest_epoch_file, read_epoch_file
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 class RunParts:
     """The parts of a run that have state; ``model`` is the plain module, not a data-parallel wrapper."""
 
-    model: nn.Module
+    model: Clip
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
     loader: TrainLoader
@@ -43,7 +44,7 @@ def capture(
     rng = gather_objects(_rng_state(runtime.device))  # collective: all ranks
     if not runtime.is_main:
         return None
-    optimizer_tensors, optimizer_scalars = pack_optimizer(parts.optimizer)
+    optimizer_tensors, optimizer_scalars = pack_optimizer(parts.optimizer, parts.model)
     return StepCheckpoint(
         model={name: tensor.detach().cpu().contiguous() for name, tensor in parts.model.state_dict().items()},
         optimizer=optimizer_tensors,
@@ -129,7 +130,7 @@ def _restore_step(path: Path, parts: RunParts, *, runtime: Runtime) -> None:
             f"{train['world_size']}, or give the checkpoint to --pretrained to start a new run from its weights."
         )
     parts.loader.load_state_dict(train["data"][runtime.rank])
-    unpack_optimizer(parts.optimizer, checkpoint.optimizer, train["optimizer"])
+    unpack_optimizer(parts.optimizer, parts.model, checkpoint.optimizer, train["optimizer"])
     if parts.scaler is not None and train["scaler"] is not None:
         parts.scaler.load_state_dict(train["scaler"])
     _set_rng_state(checkpoint.rng, rank=runtime.rank, device=runtime.device)

@@ -1,0 +1,121 @@
+"""A run that is killed at any moment and started again by the same line ends with the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.end_to_end.conftest import Outcome, run_ranks_to_end, start_ranks
+from tests.factories import write_shards
+from training.checkpoint.checkpointer import Checkpointer
+
+Run = Callable[[Sequence[str]], Outcome]
+
+
+def _line(tmp_path: Path, model: str, name: str, *more: str) -> list[str]:
+    shards = tmp_path / "shards"
+    pattern = f"{shards}/{{000..003}}.tar" if shards.exists() else write_shards(shards, shards=4, samples=24)
+    flags = (
+        "--precision fp32 --device cpu --epochs 3 --batch-size 4 --workers 1 --warmup 2 --lr 1e-3 --force-patch-dropout "
+        "0.5 --aug-cfg scale=(0.4,1.0) color_jitter_prob=0.8 color_jitter=(0.3,0.3,0.3,0.1) --log-every-n-steps 1 "
+        "--save-every-n-steps 2 --save-most-recent --resume latest --local-loss --gather-with-grad"
+    )
+    logs = str(tmp_path / "logs")
+    return [*flags.split(), "--train-data", pattern, "--model", model, "--logs", logs, "--name", name, *more]
+
+
+def _weights(run: Path) -> str:
+    newest = Checkpointer(run / "checkpoints", keep=2).newest()
+    assert newest is not None
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(newest / "model.safetensors").items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _losses(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def _kill_when_saved(argv: list[str], run: Path, *, step: int) -> None:
+    """Starts two ranks and kills both with signal 9 soon after the checkpoint of ``step``."""
+    processes = start_ranks(argv, world_size=2)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if any(found >= step for found in Checkpointer(run / "checkpoints", keep=2).steps()):
+            break
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
+        time.sleep(0.02)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    for process in processes:
+        process.communicate()
+
+
+@pytest.mark.parametrize("extra", [[], ["--accum-freq", "2"]], ids=["plain", "accumulated"])
+def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    tmp_path: Path, tiny_model: str, extra: list[str]
+) -> None:
+    logs = tmp_path / "logs"
+    whole = run_ranks_to_end(_line(tmp_path, tiny_model, "whole", *extra), world_size=2)
+    assert [outcome.code for outcome in whole] == [0, 0], whole[0].text + whole[1].text
+    _kill_when_saved(_line(tmp_path, tiny_model, "killed", *extra), logs / "killed", step=4)
+    resumed = run_ranks_to_end(_line(tmp_path, tiny_model, "killed", *extra), world_size=2)
+    assert [outcome.code for outcome in resumed] == [0, 0], resumed[0].text + resumed[1].text
+    assert "Resumed from" in resumed[0].text
+    assert _weights(logs / "killed") == _weights(logs / "whole")
+    assert _losses(logs / "killed") == _losses(logs / "whole")
+
+
+def test_a_finished_run_that_is_started_again_has_nothing_to_do(run_here: Run, tmp_path: Path, tiny_model: str) -> None:
+    line = _line(tmp_path, tiny_model, "r", "--epochs", "1")
+    assert run_here(line).code == 0
+    before = _weights(tmp_path / "logs/r")
+    again = run_here(line)
+    assert again.code == 0
+    assert "Train Epoch" not in again.text
+    assert _weights(tmp_path / "logs/r") == before
+
+
+def test_a_run_that_open_clip_began_goes_on_here(run_here: Run, tmp_path: Path, tiny_model: str) -> None:
+    line = _line(tmp_path, tiny_model, "r")
+    assert run_here([*line, "--epochs", "1"]).code == 0
+    checkpoints = tmp_path / "logs/r/checkpoints"
+    content = torch.load(checkpoints / "epoch_1.pt", weights_only=True)
+    for left in [*checkpoints.glob("step_*/*"), *checkpoints.glob("step_*"), checkpoints / "epoch_latest.pt"]:
+        left.rmdir() if left.is_dir() else left.unlink()
+    # As open_clip 3.3.0 writes it under data parallelism.
+    content["state_dict"] = {f"module.{name}": value for name, value in content["state_dict"].items()}
+    torch.save({key: content[key] for key in ("epoch", "name", "state_dict", "optimizer")}, checkpoints / "epoch_1.pt")
+    outcome = run_here(line)
+    assert outcome.code == 0, outcome.text
+    assert "epoch_1.pt at step 24" in outcome.text
+    assert min(step for step in _losses(tmp_path / "logs/r") if step >= 24) == 24
+
+
+def test_another_number_of_ranks_is_refused_with_the_remedy(run_here: Run, tmp_path: Path, tiny_model: str) -> None:
+    line = _line(tmp_path, tiny_model, "r", "--epochs", "1")
+    assert run_here(line).code == 0
+    outcomes = run_ranks_to_end(line, world_size=2)
+    assert [outcome.code for outcome in outcomes] == [2, 2]
+    assert "saved by 1 ranks and this run has 2" in outcomes[0].text
+
+
+def test_other_weights_decay_is_no_obstacle_but_other_workers_are(
+    run_here: Run, tmp_path: Path, tiny_model: str
+) -> None:
+    line = _line(tmp_path, tiny_model, "r", "--epochs", "1")
+    assert run_here(line).code == 0
+    assert run_here([*line, "--wd", "0.1"]).code == 0
+    outcome = run_here([*line, "--workers", "2"])
+    assert outcome.code == 2
+    assert "num_workers: saved 1, now 2" in outcome.text
