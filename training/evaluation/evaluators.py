@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from training.distributed.collectives import all_gather_rows, all_reduce_max, all_reduce_sum
 from training.evaluation.batches import Loading, evaluation_batches
 from training.evaluation.encoder import Encoder
+from training.evaluation.exact import exact_products
 from training.evaluation.prompts import Prompts
 from training.evaluation.retrieval import benchmark_metrics, openclip_metrics, positive_ranks
 from training.evaluation.samples import SampleSource
@@ -213,6 +214,7 @@ def _every(chunks: Sequence[Tensor], loading: Loading) -> Iterator[Tensor]:
     return iter(chunks[loading.rank :: loading.world_size])
 
 
+@exact_products()
 def validation_loss(images: Tensor, texts: Tensor, *, logit_scale: Tensor, batch_size: int) -> float:
     """Mean over samples of the CLIP loss within batches of ``batch_size`` consecutive pairs (the last may be smaller).
 

@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.evaluation.exact import exact_products
+
 OPENCLIP_KS = (1, 5, 10)
 BENCHMARK_KS = (1, 5, 10)
 _MAX_CHUNK_SCORES = 1 << 26
 """Scores held at once, 256 MiB in fp32 and about three times that with masks, however many candidates there are."""
 
 
+@exact_products()
 def positive_ranks(
     queries: Tensor, candidates: Tensor, *, query_ids: Tensor, candidate_ids: Tensor, chunk_size: int = 4096
 ) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from training.evaluation.exact import exact_products
 from training.evaluation.prompts import Prompts
 
 TextEncoder = Callable[[Tensor], Tensor]
@@ -47,6 +48,7 @@ def class_weights(tokens: Tensor, encode: TextEncoder, *, prompts_per_forward: i
     return torch.cat(weights)
 
 
+@exact_products()
 def label_ranks(image_features: Tensor, weights: Tensor, labels: Tensor) -> Tensor:
     """How many classes score higher than the true one, int64 [B]; equal scores: the lower class first.
 
