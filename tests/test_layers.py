@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,17 @@ def uses_torch_distributed(source: str) -> bool:
 
 def test_imports_only_go_down():
     run_tool(sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()")
+
+
+def test_every_module_of_training_has_its_layer():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    placed = {name for layer in contracts[0]["layers"] for name in layer.split(" : ")}
+    parts = {
+        f"training.{path.stem}"
+        for path in (ROOT / "training").iterdir()
+        if (path.suffix == ".py" or (path / "__init__.py").exists()) and path.stem != "__init__"
+    }
+    assert parts == {name for name in placed if name.startswith("training.")}
 
 
 def test_ruff_finds_nothing():
