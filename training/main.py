@@ -285,7 +285,7 @@ def _build_evaluation_only(
         result = _evaluate_epoch(run, built, evaluators, precision, epoch, last=True)
         reporter = _build_reporter(run, None, loader_samples=0, first_step=epoch)
         if reporter is not None:
-            reporter.evaluation(epoch, {"epoch": epoch} | result, epoch=epoch)
+            reporter.evaluation(epoch, result, epoch=epoch)
             reporter.close()
 
     return run_once

@@ -79,10 +79,13 @@ def test_a_resumed_run_drops_what_the_crashed_part_wrote_after_its_checkpoint(tm
     sink = JsonLinesSink(path, first_step=0)
     for step in range(5):
         sink.write(step, {"train/loss": float(step)})
+    sink.write(3, {"val/loss": 0.5}, epoch=1)
     sink.close()
     path.open("a").write('{"step": 5, "trai')  # the crash
-    JsonLinesSink(path, first_step=2).close()
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
+    JsonLinesSink(path, first_step=3).close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert lines[-1] == {"step": 3, "epoch": 1, "val/loss": 0.5}
 
 
 def test_evaluations_are_appended_and_remembered(tmp_path: Path) -> None:

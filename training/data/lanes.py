@@ -36,8 +36,8 @@ class SampleId(NamedTuple):
     """The identity of one reading of one sample; everything random about it is keyed by these."""
 
     slot: int
-    index: int
-    """Raw index within the slot, in file order."""
+    raw_index: int
+    """Place within the slot, in file order."""
 
 
 class Source(Protocol):

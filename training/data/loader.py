@@ -98,6 +98,8 @@ class TrainLoader:
                 num_workers=workers,
                 prefetch_factor=2,
                 pin_memory=self._pin_memory,
+                # Its own: from the global generator it would draw a seed, and a resumed run another dropout mask.
+                generator=torch.Generator(),
             )
         )
 

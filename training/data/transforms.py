@@ -62,7 +62,9 @@ def build_train_transform(preprocess: PreprocessConfig, aug_cfg: Mapping[str, An
 
 def _openclip_meaning(config: dict[str, Any], *, use_timm: bool) -> dict[str, Any]:
     """What OpenCLIP 3.3.0 does with these keys, as opposed to what they say."""
-    ignored = ("color_jitter_prob", "gray_scale_prob") if use_timm else ("ratio", "re_prob", "re_count")
+    ignored = ["color_jitter_prob", "gray_scale_prob"] if use_timm else ["ratio", "re_prob", "re_count"]
+    if not use_timm and not config.get("color_jitter_prob"):
+        ignored.append("color_jitter")
     for key in ignored:
         if key in config:
             logger.warning("--aug-cfg %s has no effect here: openclip_keys=True asks for OpenCLIP's behaviour.", key)

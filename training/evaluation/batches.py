@@ -59,6 +59,7 @@ def evaluation_batches(source: SampleSource, loading: Loading) -> Iterator[Evalu
         batch_size=None,
         num_workers=workers,
         pin_memory=loading.pin_memory,
+        generator=torch.Generator(),  # the global one belongs to training, which must not notice an evaluation
     )
     for batch in loader:
         if batch.fault:

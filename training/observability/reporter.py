@@ -76,7 +76,7 @@ class Reporter:
         for sink in self._sinks:
             sink.write(step, {f"val/{name}": value for name, value in result.items() if name != "epoch"}, epoch=epoch)
         if self._results_path is not None:
-            append_result(self._results_path, result)
+            append_result(self._results_path, {**result, "epoch": epoch})
 
     def close(self) -> None:
         """Flushes every sink."""

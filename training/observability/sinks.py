@@ -41,10 +41,13 @@ class TensorBoardSink:
 
 
 class JsonLinesSink:
-    """``metrics.jsonl``: one object per log point, ``step`` first. Lines past ``first_step`` are dropped on opening."""
+    """``metrics.jsonl``: one object per log point, ``step`` first. Steps from ``first_step`` on are dropped on opening.
+
+    Steps count from 0, so they are the ones that this run is about to take; an evaluation stands after its step.
+    """
 
     def __init__(self, path: Path, *, first_step: int) -> None:
-        kept = [line for line in _lines(path) if line["step"] <= first_step]
+        kept = [line for line in _lines(path) if line["step"] < first_step + ("epoch" in line)]
         staging = path.with_suffix(".tmp")
         staging.write_text("".join(json.dumps(line) + "\n" for line in kept))
         staging.replace(path)
