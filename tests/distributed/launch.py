@@ -1,4 +1,4 @@
-"""Runs a function on several real processes that form a gloo group, and brings results and errors back."""
+"""Runs a function on several real processes, as ranks of a gloo group, and brings results and errors back."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+
+from training.config import EngineConfig
+from training.distributed.runtime import close_runtime, start_runtime
 
 # A server that has imported torch once forks the ranks: 0.1 s each instead of 4 s. It has run nothing, so its copies
 # have no threads that the fork could lose.
@@ -39,18 +46,11 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     Raises:
         RankError: a rank raised (its traceback is the message), died, or did not finish in time.
     """
-    _CONTEXT.set_forkserver_preload(_PRELOADED)
-    port = free_port()
-    ranks, readers = [], []
-    for rank in range(world_size):
-        reader, writer = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(
-            target=_run_rank, args=(writer, rank, world_size, port, function, arguments), daemon=True
-        )
-        process.start()
+    pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
+    readers = [reader for reader, _ in pipes]
+    ranks = start_ranks(world_size, _report, function, arguments, own=[writer for _, writer in pipes])
+    for _, writer in pipes:
         writer.close()
-        ranks.append(process)
-        readers.append(reader)
     try:
         reports = _collect(readers, deadline=time.monotonic() + timeout_s)
     finally:
@@ -59,6 +59,32 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
             process.kill()
             process.join()
     return [report.value for report in sorted(reports)]
+
+
+def start_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    own: Sequence[Any] | None = None,
+    stderr: Sequence[Path] | None = None,
+) -> list[ForkServerProcess]:
+    """Starts ``function(*arguments)`` in one process per rank, with the variables that torchrun would set.
+
+    Args:
+        own: one more argument for each rank, in rank order.
+        stderr: the file that each rank's standard error goes to.
+    """
+    _CONTEXT.set_forkserver_preload(_PRELOADED)
+    port = free_port()
+    processes = []
+    for rank in range(world_size):
+        environment = rank_environment(rank, world_size, port)
+        extra = () if own is None else (own[rank],)
+        file = None if stderr is None else str(stderr[rank])
+        process = _CONTEXT.Process(target=_begin, args=(environment, file, function, (*arguments, *extra)), daemon=True)
+        process.start()
+        processes.append(process)
+    return processes
 
 
 def free_port() -> int:
@@ -102,21 +128,24 @@ def _collect(readers: list[Connection], *, deadline: float) -> list[_Report]:
     return reports
 
 
-def _run_rank(
-    writer: Connection, rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+def _begin(
+    environment: dict[str, str], stderr: str | None, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    import torch
-
-    from training.config import EngineConfig
-    from training.distributed.runtime import close_runtime, start_runtime
-
+    """The first thing a rank does."""
     torch.set_num_threads(1)
-    os.environ.update(rank_environment(rank, world_size, port))
+    os.environ.update(environment)
+    if stderr is not None:
+        # The descriptor, not sys.stderr: what native code and a dying interpreter write is caught as well.
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
+    function(*arguments)
+
+
+def _report(function: Callable[..., Any], arguments: tuple[Any, ...], writer: Connection) -> None:
+    rank = int(os.environ["RANK"])
     try:
         runtime = start_runtime(EngineConfig(device="cpu"))
         _current.append(runtime)
-        report = _Report(rank, function(*arguments), None)
-        writer.send_bytes(pickle.dumps(report))
+        writer.send_bytes(pickle.dumps(_Report(rank, function(*arguments), None)))
         close_runtime(runtime)
     except BaseException:
         writer.send_bytes(pickle.dumps(_Report(rank, None, traceback.format_exc())))

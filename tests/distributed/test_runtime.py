@@ -1,0 +1,120 @@
+"""A process finds its place from a launcher's variables, and says what is wrong with them."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from tests.distributed.jobs import main_at
+from tests.distributed.launch import current_runtime, free_port, run_ranks, start_ranks
+from training.config import EngineConfig
+from training.distributed.runtime import Place, Runtime, read_place, start_runtime
+
+SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, Place(0, 0, 1)),
+        (TORCHRUN, Place(3, 1, 4)),
+        (SRUN, Place(5, 1, 8)),
+        # torchrun inside of an allocation: its own variables are the answer.
+        (SRUN | TORCHRUN, Place(3, 1, 4)),
+        # The historical scripts export WORLD_SIZE and leave the rest to srun.
+        (SRUN | {"WORLD_SIZE": "8"}, Place(5, 1, 8)),
+        # One task of an allocation, and torchrun with one process.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, Place(0, 0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Place(0, 0, 1)),
+        ({"RANK": "2", "WORLD_SIZE": "4"}, Place(2, 0, 4)),
+    ],
+)
+def test_the_place_is_read_from_any_launcher(environment, place):
+    assert read_place(environment) == place
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 but none of RANK.*start with torchrun, or with srun"),
+        (TORCHRUN | {"RANK": "4"}, r"rank 4 of WORLD_SIZE=4 processes: ranks go from 0 to 3"),
+        (TORCHRUN | {"WORLD_SIZE": "four"}, "WORLD_SIZE='four' is not a whole number"),
+        (TORCHRUN | {"WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be at least 1"),
+        (SRUN | {"WORLD_SIZE": "16"}, "WORLD_SIZE=16 but srun started SLURM_NTASKS=8 tasks: unset WORLD_SIZE"),
+    ],
+)
+def test_contradicting_variables_are_refused_with_a_remedy(environment, message):
+    with pytest.raises(ValueError, match=message):
+        read_place(environment)
+
+
+@pytest.fixture
+def as_rank_of_two(monkeypatch):
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    return monkeypatch
+
+
+def test_srun_without_a_master_address_is_refused_with_the_line_to_add(as_rank_of_two):
+    with pytest.raises(ValueError, match="MASTER_ADDR and MASTER_PORT not set.*scontrol show hostnames"):
+        start_runtime(EngineConfig(device="cpu"))
+
+
+def test_a_master_port_that_is_no_number_is_refused(as_rank_of_two):
+    as_rank_of_two.setenv("MASTER_ADDR", "127.0.0.1")
+    as_rank_of_two.setenv("MASTER_PORT", "auto")
+    with pytest.raises(ValueError, match="MASTER_PORT='auto' is not a whole number"):
+        start_runtime(EngineConfig(device="cpu"))
+
+
+def test_an_address_of_another_kind_is_refused(as_rank_of_two):
+    with pytest.raises(ValueError, match="--dist-url http://host: give env://, tcp://HOST:PORT or file:///PATH"):
+        start_runtime(EngineConfig(device="cpu", dist_url="http://host"))
+
+
+def test_a_single_process_has_no_group():
+    runtime = start_runtime(EngineConfig(device="cpu"))
+    assert runtime == Runtime(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    assert runtime.is_main
+    assert runtime.is_local_main
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_device_that_is_not_there_falls_back_to_the_cpu_with_a_warning(caplog, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with caplog.at_level(logging.WARNING):
+        assert start_runtime(EngineConfig(device="cuda")).device.type == "cpu"
+    assert "--device cuda is not available on this machine: using cpu" in caplog.text
+
+
+def test_a_device_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="--device toaster: not a device"):
+        start_runtime(EngineConfig(device="toaster"))
+
+
+def test_more_processes_than_gpus_are_refused_with_the_flag_to_pass(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"cuda:1 for local rank 0, but 1 CUDA device\(s\).*--no-set-device-rank"):
+        start_runtime(EngineConfig(device="cuda:1"))
+
+
+def place_and_backend() -> tuple[int, int, bool, str]:
+    runtime = current_runtime()
+    return runtime.rank, runtime.world_size, runtime.is_main, torch.distributed.get_backend()
+
+
+def test_two_processes_on_cpus_form_a_gloo_group():
+    assert run_ranks(2, place_and_backend) == [(0, 2, True, "gloo"), (1, 2, False, "gloo")]
+
+
+def test_processes_meet_at_the_address_of_dist_url():
+    ranks = start_ranks(2, main_at, f"tcp://127.0.0.1:{free_port()}")
+    for process in ranks:
+        process.join(timeout=30)
+    assert [process.exitcode for process in ranks] == [0, 0]
