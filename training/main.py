@@ -8,14 +8,11 @@ Everything that can be wrong with a run's description is found before its first 
 from __future__ import annotations
 
 import logging
+import math
 import random
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,46 +22,32 @@ from models.locking import lock_image_tower, lock_text_tower
 from models.tokenizer import build_tokenizer
 from models.weights import load_weights
 from training.checkpoint.checkpointer import Checkpointer
-from training.checkpoint.run_state import RunParts, find_resume_path, read_weights, restore
+from training.checkpoint.run_state import RunParts, read_weights, restore
 from training.checkpoint.saver import Saver
-from training.cli import Parsed, config_values, parse_or_exit, to_yaml
+from training.cli import Parsed, config_values, parse_or_exit
 from training.config import Config, ModelConfig
 from training.data.batch import to_device
 from training.data.build import build_train_loader
-from training.distributed.collectives import broadcast_object
 from training.distributed.failure import fail_together
 from training.distributed.parallelize import parallelize
 from training.distributed.runtime import Runtime, close_runtime, start_runtime
 from training.evaluation.evaluate import build_evaluators, evaluate
 from training.evaluation.evaluators import Evaluator
-from training.losses.build import build_loss, describe_loss
-from training.naming import RunPaths, choose_run_name, claim_run_directory, params_text, run_paths
-from training.observability.console import ProgressLine, set_up_logging
+from training.losses.build import build_loss
+from training.observability.console import set_up_logging
 from training.observability.reporter import Reporter
-from training.observability.sinks import JsonLinesSink, MetricSink, TensorBoardSink, WandbSink, evaluated_epochs
+from training.observability.sinks import evaluated_epochs
 from training.optim.optimizer import build_optimizer
 from training.optim.schedule import build_schedule
 from training.precision import Precision, build_precision, cast_parameters
+from training.run import Run, agreed_resume_path, build_reporter, open_run, record_settings
 from training.state import TrainState
 from training.train import TrainPlan, train
 from training.train_step import TrainStep
-from training.validation import report_targets
 
 logger = logging.getLogger(__name__)
 
 _EXIT_BAD_USAGE = 2
-
-
-@dataclass(frozen=True)
-class Run:
-    """What every part of a run is told: its settings, its place among the ranks, where it writes."""
-
-    config: Config
-    runtime: Runtime
-    name: str
-    paths: RunPaths | None
-    """None with ``--logs none``."""
-    progress: ProgressLine
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -81,45 +64,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _prepare(parsed: Parsed, runtime: Runtime) -> Callable[[], None]:
     """Builds the run; what the user can mend is one line and code 2, without the traceback that hides it."""
     try:
-        run = _open_run(parsed, runtime)
+        run = open_run(parsed, runtime)
         return _build(run)
     except ValueError as error:
         if parsed.config.logging.debug:
             raise
         logger.error("%s", error)
         raise SystemExit(_EXIT_BAD_USAGE) from error
-
-
-def _open_run(parsed: Parsed, runtime: Runtime) -> Run:
-    """Names the run, claims its directory and starts the log. Collective: all ranks."""
-    config = parsed.config
-    name = broadcast_object(choose_run_name(config, date=datetime.now()) if runtime.is_main else None)
-    paths = run_paths(config, name=name, rank=runtime.rank)
-    fault = broadcast_object(_claim(paths, config) if runtime.is_main else None)  # collective: all ranks
-    if fault:
-        raise ValueError(fault)
-    writes_log = runtime.is_local_main if config.logging.log_local else runtime.is_main
-    progress = set_up_logging(
-        path=paths.out_log if paths and writes_log else None,
-        debug=config.logging.debug,
-        rank=runtime.rank,
-        on_screen=runtime.is_main,
-    )
-    if runtime.is_main:
-        for notice in parsed.notices:
-            logger.warning("%s", notice)
-    logger.info("Run %s: rank %d of %d on %s.", name, runtime.rank, runtime.world_size, runtime.device)
-    return Run(config, runtime, name, paths, progress)
-
-
-def _claim(paths: RunPaths | None, config: Config) -> str:
-    """Why the run directory cannot be had; empty if it can."""
-    try:
-        if paths is not None:
-            claim_run_directory(paths, config=config)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def _build(run: Run) -> Callable[[], None]:
@@ -148,7 +99,8 @@ def _build(run: Run) -> Callable[[], None]:
 def _build_model(config: Config, *, cache_dir: str | None) -> BuiltModel:
     """The model on the CPU, with weights loaded and towers locked as the flags say."""
     model, image = config.model, config.image
-    siglip: dict[str, Any] = {"init_logit_scale": 2.302585092994046, "init_logit_bias": -10.0}  # ln 10; SigLIP, sec. 3.2
+    # Source of the values: SigLIP (Zhai et al. 2023), section 3.2.
+    siglip: dict[str, Any] = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
     built = create_model(
         model.model,
         pretrained=model.pretrained,
@@ -212,13 +164,12 @@ def _build_training(
     trained = parallelize(built.model, config=config.engine, runtime=runtime)
     optimizer = build_optimizer(built.model, config.optim)
     parts = RunParts(built.model, optimizer, precision.grad_scaler(), loader, TrainState())
-    checkpointer = Checkpointer(run.paths.checkpoints if run.paths else Path(), keep=config.checkpoint.keep_checkpoints)
-    _resume(run, parts, checkpointer=checkpointer, plan=plan)
-    _record_settings(run, built, plan)
+    _resume(run, parts, plan=plan)
+    record_settings(run, built.model, plan)
     return partial(
         _train_and_close,
         run,
-        _build_reporter(run, plan, loader_samples=loader.num_samples, first_step=parts.state.step),
+        build_reporter(run, plan, loader_samples=loader.num_samples, first_step=parts.state.step),
         plan=plan,
         parts=parts,
         train_step=TrainStep(
@@ -242,10 +193,10 @@ def _build_training(
         if run.paths is None
         else Saver(
             config.checkpoint,
-            checkpointer=checkpointer,
+            checkpointer=Checkpointer(run.paths.checkpoints, keep=config.checkpoint.keep_checkpoints),
             parts=parts,
             runtime=runtime,
-            run_config=_plain(config_values(config)),
+            run_config=config_values(config),
             name=run.name,
             epochs=config.schedule.epochs,
         ),
@@ -273,8 +224,7 @@ def _build_evaluation_only(
     """Without training data the weights are evaluated once, as in OpenCLIP."""
     epoch = 0
     if run.config.checkpoint.resume:
-        checkpointer = Checkpointer(run.paths.checkpoints if run.paths else Path(), keep=2)
-        path = _agreed_resume_path(run, checkpointer)
+        path = agreed_resume_path(run)
         if path is not None:
             epoch, state = read_weights(path)
             load_weights(built.model, state)
@@ -283,7 +233,7 @@ def _build_evaluation_only(
 
     def run_once() -> None:
         result = _evaluate_epoch(run, built, evaluators, precision, epoch, last=True)
-        reporter = _build_reporter(run, None, loader_samples=0, first_step=epoch)
+        reporter = build_reporter(run, None, loader_samples=0, first_step=epoch)
         if reporter is not None:
             reporter.evaluation(epoch, result, epoch=epoch)
             reporter.close()
@@ -315,13 +265,13 @@ def _evaluate_epoch(
     )
 
 
-def _resume(run: Run, parts: RunParts, *, checkpointer: Checkpointer, plan: TrainPlan) -> None:
+def _resume(run: Run, parts: RunParts, *, plan: TrainPlan) -> None:
     """Restores what ``--resume`` names. Collective: all ranks."""
     if run.config.checkpoint.resume is None:
         return
-    path = _agreed_resume_path(run, checkpointer)
+    path = agreed_resume_path(run)
     if path is None:
-        logger.info("No checkpoint in %s yet: starting from the beginning.", checkpointer.root)
+        logger.info("Run %s has no checkpoint yet: starting from the beginning.", run.name)
         return
     restore(
         path,
@@ -332,92 +282,9 @@ def _resume(run: Run, parts: RunParts, *, checkpointer: Checkpointer, plan: Trai
     )
 
 
-def _agreed_resume_path(run: Run, checkpointer: Checkpointer) -> str | None:
-    """Rank 0 looks; all ranks take what it found: they may see a busy file system differently."""
-    resume = run.config.checkpoint.resume
-    assert resume is not None
-    found = find_resume_path(resume, checkpointer=checkpointer) if run.runtime.is_main else None
-    return broadcast_object(found)  # collective: all ranks
-
-
-def _build_reporter(run: Run, plan: TrainPlan | None, *, loader_samples: int, first_step: int) -> Reporter | None:
-    """The sinks that ``--report-to`` names, and the log; on rank 0 only."""
-    if not run.runtime.is_main:
-        return None
-    config, paths = run.config, run.paths
-    sinks: list[MetricSink] = []
-    if paths is not None:
-        targets = report_targets(config.logging.report_to)
-        sinks.append(JsonLinesSink(paths.metrics_jsonl, first_step=first_step))
-        if "tensorboard" in targets:
-            sinks.append(TensorBoardSink(paths.tensorboard, first_step=first_step))
-        if "wandb" in targets:
-            settings = config_values(config)
-            sinks.append(WandbSink(paths.root, config=config.logging, name=run.name, settings=settings))
-    return Reporter(
-        sinks=sinks,
-        progress=run.progress,
-        results_path=paths.results_jsonl if paths else None,
-        samples_per_epoch=loader_samples,
-        steps_per_epoch=plan.steps_per_epoch if plan else 1,
-        first_step=first_step,
-        total_steps=plan.total_steps if plan else 1,
-    )
-
-
-def _record_settings(run: Run, built: BuiltModel, plan: TrainPlan) -> None:
-    """Writes params.txt and config.yaml, and says in the log what is about to happen. On rank 0."""
-    if not run.runtime.is_main:
-        return
-    config, runtime = run.config, run.runtime
-    parameters = sum(parameter.numel() for parameter in built.model.parameters())
-    trained = sum(parameter.numel() for parameter in built.model.parameters() if parameter.requires_grad)
-    logger.info("Model %s: %.1f M parameters, %.1f M trained.", config.model.model, parameters / 1e6, trained / 1e6)
-    logger.info(
-        "%d epochs of %d steps; global batch %d = %d per rank x %d ranks x %d micro-steps; precision %s.",
-        plan.epochs,
-        plan.steps_per_epoch,
-        plan.samples_per_step,
-        config.data.batch_size,
-        runtime.world_size,
-        plan.accum_freq,
-        config.engine.precision,
-    )
-    # The remarks on gathering concern several ranks only.
-    for line in describe_loss(config.loss)[: None if runtime.world_size > 1 else 1]:
-        logger.info("%s", line)
-    if run.paths is None:
-        return
-    facts = {
-        "device": str(runtime.device),
-        "rank": runtime.rank,
-        "local_rank": runtime.local_rank,
-        "world_size": runtime.world_size,
-        "name": run.name,
-    }
-    run.paths.params_txt.write_text(params_text(config, paths=run.paths, facts=facts))
-    run.paths.config_yaml.write_text(to_yaml(replace(config, logging=replace(config.logging, name=run.name))))
-    if config.logging.copy_codebase:
-        _copy_code(run.paths.code)
-
-
-def _copy_code(destination: Path) -> None:
-    """The packages of this program as they run now."""
-    here = Path(__file__).resolve().parent.parent
-    for package in ("training", "models", "slurm", "configs"):
-        shutil.copytree(
-            here / package, destination / package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
-        )
-
-
 def _base_lr(optimizer: torch.optim.Optimizer) -> float:
     """The rate that the schedule scales: ``--lr``, or the default of an optimizer that was given none."""
     return float(optimizer.param_groups[0]["lr"])
-
-
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in JSON types."""
-    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
 
 
 def _set_device_defaults(device: torch.device) -> None:

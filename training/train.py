@@ -1,7 +1,7 @@
 """The training loop: batch, learning rate, step, log, save, evaluate.
 
-    batches -> micro-batches of one step -> TrainStep -> StepMetrics -> Reporter
-                                                 \\-> at the end of an epoch: Saver, then evaluation
+batches -> micro-batches of one step -> TrainStep -> StepMetrics -> Reporter
+                                             \\-> at the end of an epoch: Saver, then evaluation
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from training.checkpoint.run_state import RunParts
 from training.checkpoint.saver import Saver
 from training.data.batch import Batch, DeviceBatch
-from training.distributed.collectives import all_reduce_sum, broadcast_object
+from training.distributed.collectives import all_reduce_sum
 from training.distributed.runtime import Runtime
+from training.distributed.start_up import on_first_rank
 from training.observability.metrics import StepClock
 from training.observability.reporter import Reporter
 from training.train_step import StepMetrics, TrainStep
@@ -93,9 +94,7 @@ def train(
             numbers |= {"lr": lr, "epoch": step / plan.steps_per_epoch, "samples_seen": state.samples_seen}
             numbers["skipped_samples"] = sum(parts.loader.skipped.values())
             if reporter is not None:
-                reporter.step(
-                    step, numbers, samples_per_step=plan.samples_per_step, log_line=plan.logs_line(step)
-                )
+                reporter.step(step, numbers, samples_per_step=plan.samples_per_step, log_line=plan.logs_line(step))
             clock.reset()
 
         epoch, place = divmod(state.step, plan.steps_per_epoch)
@@ -138,7 +137,7 @@ def _catch_up_evaluation(
 ) -> None:
     """A run that was killed between saving an epoch and evaluating it does the latter now."""
     epoch, place = divmod(step, plan.steps_per_epoch)
-    known = broadcast_object(evaluated() if runtime.is_main else None)  # collective: all ranks
+    known = on_first_rank(evaluated, rank=runtime.rank)  # collective: all ranks
     if place == 0 and epoch not in known:
         _evaluate(epoch, step, evaluate=evaluate, reporter=reporter)
 

@@ -8,7 +8,12 @@ import torch
 
 from training.checkpoint.export import delete_epoch_file, newest_epoch_file, read_epoch_file, write_epoch_file
 
-CONTENT = {"epoch": 3, "name": "run", "state_dict": {"w": torch.ones(2)}, "optimizer": {"state": {}, "param_groups": []}}
+CONTENT = {
+    "epoch": 3,
+    "name": "run",
+    "state_dict": {"w": torch.ones(2)},
+    "optimizer": {"state": {}, "param_groups": []},
+}
 
 
 def test_numbered_and_latest_are_written_once_and_read_back(tmp_path: Path) -> None:
@@ -61,7 +66,9 @@ class _Malice:
 
 
 @pytest.mark.parametrize("kind", ["malicious", "truncated", "text", "missing"])
-def test_unreadable_files_are_an_error_and_run_no_code(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_are_an_error_and_run_no_code(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "epoch_1.pt"
     if kind == "malicious":

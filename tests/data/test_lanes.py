@@ -47,8 +47,6 @@ def test_the_order_is_the_same_on_every_machine() -> None:
     assert mix(1, 2, 3) == 15020427595393229491
 
 
-
-
 @given(shards=st.integers(1, 50), seed=st.integers(0, 99), epoch=st.integers(0, 5))
 def test_epoch_mode_visits_every_shard_once_per_epoch(shards: int, seed: int, epoch: int) -> None:
     slots = range(epoch * shards, (epoch + 1) * shards)
@@ -91,9 +89,7 @@ def test_a_lane_emits_every_sample_of_its_slots_once(lanes: int, block: int, see
     for lane in range(lanes):
         slots = range(lane, 6 * lanes, lanes)
         expected = sorted(f"{slot}/{index}" for slot in slots for index in range(NumberSource.sizes[slot % 3]))
-        stream = read_lane(
-            NumberSource(), lane, num_lanes=lanes, block=block, seed=seed, position=LanePosition()
-        )
+        stream = read_lane(NumberSource(), lane, num_lanes=lanes, block=block, seed=seed, position=LanePosition())
         assert sorted(raw.key for raw, _, _ in islice(stream, len(expected))) == expected
 
 

@@ -52,7 +52,9 @@ def test_one_pass_over_the_slots_shows_every_sample_once(shards: str, world: int
 def test_the_same_seed_gives_the_same_pixels_and_another_seed_another_order(shards: str) -> None:
     config = DataConfig(train_data=shards, batch_size=8, workers=0)
     first, again, other = (list(islice(_loader(config, seed=seed, scale=(0.4, 1.0)), 4)) for seed in (1, 1, 2))
-    assert all(torch.equal(a.images, b.images) and torch.equal(a.texts, b.texts) for a, b in zip(first, again, strict=True))
+    assert all(
+        torch.equal(a.images, b.images) and torch.equal(a.texts, b.texts) for a, b in zip(first, again, strict=True)
+    )
     assert _captions(first) != _captions(other)
 
 
@@ -124,7 +126,9 @@ def test_data_without_a_usable_sample_is_an_error_that_names_the_reasons(tmp_pat
         next(iter(loader))
 
 
-def test_a_truncated_shard_gives_its_whole_samples_and_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_truncated_shard_gives_its_whole_samples_and_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_shards(tmp_path, shards=1, samples=10)
     path = tmp_path / "000.tar"
     path.write_bytes(path.read_bytes()[:-6000])
@@ -135,7 +139,9 @@ def test_a_truncated_shard_gives_its_whole_samples_and_a_warning(tmp_path: Path,
 
 def test_a_failing_pipe_command_ends_the_run_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.data.sources._BACKOFF_S", 0.0)
-    loader = _loader(DataConfig(train_data="pipe:exit 7", dataset_type="webdataset", train_num_samples=9, batch_size=3, workers=0))
+    loader = _loader(
+        DataConfig(train_data="pipe:exit 7", dataset_type="webdataset", train_num_samples=9, batch_size=3, workers=0)
+    )
     with pytest.raises(RuntimeError, match="'exit 7' ended with status 7"):
         next(iter(loader))
 

@@ -76,7 +76,11 @@ def test_a_foreign_file_is_an_error() -> None:
 def test_data_after_the_end_mark_is_an_error(tmp_path: Path) -> None:
     data = _tar(tmp_path)
     with pytest.raises(TarError, match="data after the end-of-archive mark"):
-        _read(data[: 9 * BLOCK_BYTES + 6 * BLOCK_BYTES].ljust(len(data), b"\x00")[: 15 * BLOCK_BYTES] + bytes(512) + b"x" * 512)
+        _read(
+            data[: 9 * BLOCK_BYTES + 6 * BLOCK_BYTES].ljust(len(data), b"\x00")[: 15 * BLOCK_BYTES]
+            + bytes(512)
+            + b"x" * 512
+        )
 
 
 def test_an_oversized_member_is_refused_before_it_is_read() -> None:

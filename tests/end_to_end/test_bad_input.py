@@ -88,6 +88,11 @@ def test_a_resume_path_that_is_no_checkpoint_is_refused(run_here: Run, tmp_path:
     _expect(run_here([*argv, "--resume", str(tmp_path / "nowhere")]), "is no checkpoint", "--resume")
 
 
+def test_resuming_the_latest_of_no_run_directory_is_refused(run_here: Run, tmp_path: Path, tiny_model: str) -> None:
+    argv = _flags(tmp_path, tiny_model, "--dataset-type", "synthetic", "--train-num-samples", "8", "--logs", "none")
+    _expect(run_here([*argv, "--resume", "latest"]), "--resume latest", "--logs none")
+
+
 def test_a_wrong_evaluation_set_is_refused_before_training(run_here: Run, tmp_path: Path, tiny_model: str) -> None:
     argv = _flags(tmp_path, tiny_model, "--dataset-type", "synthetic", "--train-num-samples", "8")
     _expect(run_here([*argv, "--zeroshot-data", str(tmp_path)]), str(tmp_path), "--zeroshot-data")

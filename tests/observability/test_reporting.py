@@ -60,7 +60,10 @@ def test_the_log_line_has_open_clips_form(caplog: pytest.LogCaptureFixture) -> N
     reporter = _reporter([])
     reporter.step(12, METRICS, samples_per_step=64, log_line=True)
     assert caplog.messages[0].startswith("Train Epoch: 1 [192/640 (30%)] Data (t): 0.010 Batch (t): 0.100, 640.000/s")
-    assert "LR: 0.001000 Logit Scale: 14.300 Contrastive_loss: 2.5000 (2.5000) Loss: 2.5000 (2.5000) ETA 0:00" in caplog.text
+    assert (
+        "LR: 0.001000 Logit Scale: 14.300 Contrastive_loss: 2.5000 (2.5000) Loss: 2.5000 (2.5000) ETA 0:00"
+        in caplog.text
+    )
 
 
 def test_tensorboard_has_open_clips_tags_at_their_steps(tmp_path: Path) -> None:
@@ -107,7 +110,9 @@ def test_the_progress_line_is_drawn_in_terminals_only() -> None:
     assert pipe.getvalue() == ""
 
 
-def test_other_ranks_show_warnings_only_and_say_who_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_show_warnings_only_and_say_who_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = logging.getLogger()
     before = root.handlers[:]
     try:

@@ -46,7 +46,7 @@ class StepCheckpoint(NamedTuple):
 class Checkpointer:
     """The step checkpoints of one run. Reading and writing happen on rank 0's behalf; no collectives here."""
 
-    def __init__(self, root: str | Path, *, keep: int) -> None:
+    def __init__(self, root: str | Path, *, keep: int = 2) -> None:
         self.root = Path(root)
         self.keep = keep
 

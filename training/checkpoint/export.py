@@ -1,6 +1,6 @@
-"""Checkpoints in OpenCLIP's layout: ``epoch_N.pt`` and ``epoch_latest.pt``, written for its tools and read from its runs.
+"""Checkpoints in OpenCLIP's layout: ``epoch_N.pt`` and ``epoch_latest.pt``, for its tools and from its runs.
 
-    {"epoch": N, "name": RUN, "state_dict": ..., "optimizer": ..., ["scaler": ...], "global_step": ..., "samples_seen": ...}
+    {"epoch": N, "name": RUN, "state_dict": ..., "optimizer": ..., ["scaler"], "global_step", "samples_seen"}
 
 Keys carry no ``module.`` prefix (as in OpenCLIP's HEAD; 3.3.0 strips one where it finds it).
 """

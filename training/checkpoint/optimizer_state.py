@@ -52,8 +52,8 @@ def unpack_optimizer(
     missing = [name for name in names if number[name] not in state]
     if state and missing:
         raise ValueError(
-            f"The checkpoint has no optimizer state of {len(missing)} trained parameters (first {missing[0]!r}): resume "
-            "with the same --model, --lock-image and --lock-text, or give it to --pretrained to use its weights only."
+            f"The checkpoint has no optimizer state of {len(missing)} trained parameters (first {missing[0]!r}): "
+            "resume with the same --model, --lock-image and --lock-text, or give it to --pretrained to use its weights only."
         )
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

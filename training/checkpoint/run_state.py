@@ -36,9 +36,7 @@ class RunParts:
     state: TrainState
 
 
-def capture(
-    parts: RunParts, *, runtime: Runtime, epoch: int, config: Mapping[str, Any]
-) -> StepCheckpoint | None:
+def capture(parts: RunParts, *, runtime: Runtime, epoch: int, config: Mapping[str, Any]) -> StepCheckpoint | None:
     """The whole state after the current step: on rank 0; None elsewhere. Collective: all ranks."""
     positions = gather_objects(parts.loader.state_dict())  # collective: all ranks
     rng = gather_objects(_rng_state(runtime.device))  # collective: all ranks
@@ -78,18 +76,24 @@ def epoch_file_content(parts: RunParts, *, epoch: int, name: str) -> dict[str, A
     return content
 
 
-def find_resume_path(resume: str, *, checkpointer: Checkpointer) -> str | None:
+def find_resume_path(resume: str, *, checkpoints: Path | None) -> str | None:
     """What ``--resume`` stands for; None if it is 'latest' and there is nothing yet. On rank 0.
 
-    'latest' is the newest whole step checkpoint, else the newest ``epoch_N.pt`` (a run that OpenCLIP began).
+    'latest' is the newest whole step checkpoint in ``checkpoints``, else the newest ``epoch_N.pt`` (a run that
+    OpenCLIP began).
+
+    Raises:
+        ValueError: not a checkpoint. DamagedCheckpoint: there are step checkpoints, and none is whole.
     """
     if resume == "latest":
-        found = checkpointer.newest() or newest_epoch_file(checkpointer.root)
+        if checkpoints is None:
+            raise ValueError("--resume latest with --logs none: there is no run directory to look in; pass a path.")
+        found = Checkpointer(checkpoints).newest() or newest_epoch_file(checkpoints)
         return None if found is None else str(found)
     if "://" in resume or resume.endswith(".pt"):
         return resume
     path = Path(resume)
-    nested = Checkpointer(path / "checkpoints", keep=checkpointer.keep).newest() if path.is_dir() else None
+    nested = Checkpointer(path / "checkpoints").newest()
     if nested is not None:
         return str(nested)
     if not (path / "train.json").is_file():
@@ -159,8 +163,8 @@ def _load_numbered_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[st
     current_sizes = [len(group["params"]) for group in current["param_groups"]]
     if saved_sizes != current_sizes:
         raise ValueError(
-            f"{path!r} has optimizer groups of {saved_sizes} parameters, this run {current_sizes} (OpenCLIP's 3.3.0 and "
-            "later versions group them differently): resume with the settings it was trained with, or give it to "
+            f"{path!r} has optimizer groups of {saved_sizes} parameters, this run {current_sizes} (OpenCLIP's 3.3.0 "
+            "and later versions group them differently): resume with the settings it was trained with, or give it to "
             "--pretrained to start from its weights."
         )
     optimizer.load_state_dict({"state": saved["state"], "param_groups": current["param_groups"]})

@@ -41,9 +41,7 @@ class UnusableSample(Exception):
 class SampleDecoder:
     """Turns raw samples into samples with one transform; the randomness of each is keyed, not drawn in sequence."""
 
-    def __init__(
-        self, *, transform: ImageTransform, image_key: str, text_key: str, max_image_pixels: int
-    ) -> None:
+    def __init__(self, *, transform: ImageTransform, image_key: str, text_key: str, max_image_pixels: int) -> None:
         self.transform = transform
         self.image_extensions = tuple(image_key.lower().split(";"))
         self.text_extensions = tuple(text_key.lower().split(";"))

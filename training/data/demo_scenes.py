@@ -35,7 +35,7 @@ COLOURS: dict[str, Rgb] = {
     "white": (247, 247, 245),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "crescent")
-SIZES: dict[str, tuple[float, float]] = {"small": (0.19, 0.23), "medium": (0.28, 0.32), "large": (0.38, 0.43)}
+SIZES: dict[str, tuple[float, float]] = {"small": (0.24, 0.27), "medium": (0.31, 0.35), "large": (0.40, 0.44)}
 """Range of the radius of a single thing; crowded scenes scale it by `CROWDING`."""
 TEXTURES = ("solid", "striped", "dotted", "checkered")
 BACKGROUND_COLOURS: dict[str, Rgb] = {
@@ -53,7 +53,7 @@ BACKGROUND_COLOURS: dict[str, Rgb] = {
 BACKGROUND_KINDS = ("plain", "gradient", "stripes", "dots", "checks", "noise", "clouds")
 
 CROWDING = {1: 1.0, 2: 0.58, 3: 0.46}
-MAX_OFFSET = 0.15
+MAX_OFFSET = 0.06
 """How far a single thing may be from the middle."""
 NUM_THINGS_WEIGHTS = (0.5, 0.34, 0.16)
 TEXTURE_WEIGHTS = (0.4, 0.2, 0.2, 0.2)
@@ -167,7 +167,7 @@ def _sample_places(rng: random.Random, *, count: int, layout: str) -> list[tuple
         rng.shuffle(places)
         return [(x + rng.uniform(-0.04, 0.04), y + rng.uniform(-0.04, 0.04)) for x, y in places]
     along = {2: (0.27, 0.73), 3: (0.19, 0.5, 0.81)}[count]
-    swing = {2: 0.13, 3: 0.2}[count]
+    swing = {2: 0.08, 3: 0.12}[count]
     places = [(a + rng.uniform(-0.025, 0.025), 0.5 + rng.uniform(-swing, swing)) for a in along]
     return places if layout == "row" else [(y, x) for x, y in places]
 
@@ -190,7 +190,7 @@ def _sample_thing(
         x=x,
         y=y,
         radius=radius,
-        angle=rng.uniform(-20.0, 20.0),
+        angle=rng.uniform(-15.0, 15.0),
         tint=_jitter(rng, COLOURS[colour], amount=12),
     )
 
@@ -309,7 +309,7 @@ def _texture_accent(tint: Rgb) -> Pixels:
     """A shade of the same hue: lighter for dark colours, darker for light ones, so the colour keeps its name."""
     base = np.array(tint, dtype=np.float32)
     brightness = float(base @ np.array([0.3, 0.59, 0.11], dtype=np.float32))
-    return base * np.float32(0.62) if brightness > 140 else base + (np.float32(255.0) - base) * np.float32(0.5)
+    return base * np.float32(0.7) if brightness > 140 else base + (np.float32(255.0) - base) * np.float32(0.4)
 
 
 def _shape_mask(thing: Thing, *, box: int, centre: tuple[float, float], radius: float) -> Image.Image:

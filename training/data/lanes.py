@@ -1,8 +1,9 @@
 """Which sample comes when: pure functions of (seed, sources, lanes), never of time or process ids.
 
 A *slot* is one reading of one shard. Slot j is mapped to a shard by a keyed permutation (every shard once per epoch)
-or by a keyed weighted draw (resampled). A *lane* l of L reads slots l, l+L, l+2L, ... and shuffles the samples of a slot in
-blocks. A lane's position is three integers, so a checkpoint can hold it and a resumed run continues with the next sample.
+or by a keyed weighted draw (resampled). A *lane* l of L reads slots l, l+L, l+2L, ... and shuffles the samples of a
+slot in blocks. A lane's position is three integers, so a checkpoint can hold it, and a resumed run goes on with the
+next sample.
 
     slots   0 1 2 3 4 5 6 7 ...      lane 0 of 3: 0 3 6 ...      lane 1: 1 4 7 ...      lane 2: 2 5 8 ...
 """

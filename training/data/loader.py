@@ -125,9 +125,10 @@ class TrainLoader:
         Raises:
             ValueError: the state belongs to another stream (other sources, ranks, workers, ...).
         """
-        ours = self.config._asdict()
-        saved = state["stream"]
-        differing = [f"{key}: saved {saved.get(key)!r}, now {ours[key]!r}" for key in ours if saved.get(key) != ours[key]]
+        ours, theirs = self.config._asdict(), state["stream"]
+        differing = [
+            f"{key}: saved {theirs.get(key)!r}, now {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]
+        ]
         if differing:
             raise ValueError(
                 f"The checkpoint's data position belongs to another stream ({'; '.join(differing)}): resume with the "

@@ -1,6 +1,6 @@
 """Turns what a user writes after ``--train-data`` into a list of shards with weights and a number of samples.
 
-    "a/{000..009}.tar::pipe:aws s3 cp s3://b/{00..99}.tar -"   2 sources, 110 shards
+"a/{000..009}.tar::pipe:aws s3 cp s3://b/{00..99}.tar -"   2 sources, 110 shards
 """
 
 from __future__ import annotations

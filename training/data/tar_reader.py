@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 BLOCK_BYTES = 512
 MAX_MEMBER_BYTES = 1 << 30
 _MAX_NAME_BYTES = 1 << 16
-_REGULAR = frozenset(b"\x00" b"07")
+_REGULAR = frozenset(b"\x0007")
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 
 

@@ -10,7 +10,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -41,7 +41,7 @@ def build_eval_transform(preprocess: PreprocessConfig) -> ImageTransform:
             _ResizeKeepingRatio(preprocess.size, interpolation, longest=preprocess.resize_mode == "longest"),
             _CenterCropOrPad(preprocess.size, fill=preprocess.fill_color),
         ]
-    return T.Compose([*steps, T.PILToTensor()])
+    return _compose([*steps, T.PILToTensor()])
 
 
 def build_train_transform(preprocess: PreprocessConfig, aug_cfg: Mapping[str, Any]) -> ImageTransform:
@@ -57,7 +57,7 @@ def build_train_transform(preprocess: PreprocessConfig, aug_cfg: Mapping[str, An
     steps = _timm_steps(preprocess, config) if use_timm else _torchvision_steps(preprocess, config)
     if config.get("re_prob"):
         steps.append(RandomErasing(preprocess, probability=config["re_prob"], max_count=config.get("re_count") or 1))
-    return T.Compose(steps)
+    return _compose(steps)
 
 
 def _openclip_meaning(config: dict[str, Any], *, use_timm: bool) -> dict[str, Any]:
@@ -109,6 +109,10 @@ def _torchvision_steps(preprocess: PreprocessConfig, config: Mapping[str, Any]) 
     if config.get("gray_scale_prob"):
         steps.append(T.RandomGrayscale(p=config["gray_scale_prob"]))
     return [*steps, T.PILToTensor()]
+
+
+def _compose(steps: list[Any]) -> ImageTransform:
+    return cast(ImageTransform, T.Compose(steps))
 
 
 def _interpolation(name: str) -> InterpolationMode:

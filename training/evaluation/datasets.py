@@ -19,6 +19,7 @@ from training.config import DataConfig
 from training.data.build import resolve_dataset_type
 from training.data.csv_reader import CsvTable
 from training.data.shards import expand_shards, is_local
+from training.distributed.start_up import on_first_rank, spread
 from training.evaluation.prompts import Prompts, read_prompts
 from training.evaluation.samples import (
     CsvPairs,
@@ -28,7 +29,6 @@ from training.evaluation.samples import (
     StreamedTars,
     folder_files,
 )
-from training.evaluation.start_up import on_first_rank, spread
 from training.evaluation.tar_index import CaptionedReader, LabelledReader, RecordReader, TarRecord, index_tar
 
 logger = logging.getLogger(__name__)

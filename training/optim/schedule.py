@@ -34,7 +34,8 @@ def _build_after_warmup(config: ScheduleConfig, *, lr: float, steps_per_epoch: i
     total = steps_per_epoch * config.epochs
     if config.lr_scheduler == "cosine":
         # Half a cosine from lr to almost 0; 0 itself would be the step after the last.
-        return lambda step: 0.5 * (1 + math.cos(math.pi * _fraction(step, config.warmup, total))) * lr
+        length = max(1, total - config.warmup)
+        return lambda step: 0.5 * (1 + math.cos(math.pi * min(step - config.warmup, length) / length)) * lr
     if config.lr_scheduler == "const":
         return lambda step: lr
     if config.epochs_cooldown is None:
@@ -43,11 +44,10 @@ def _build_after_warmup(config: ScheduleConfig, *, lr: float, steps_per_epoch: i
     end, power = config.lr_cooldown_end, config.lr_cooldown_power
 
     def cooldown(step: int) -> float:
-        return (1 - _fraction(step, start, total)) ** power * (lr - end) + end if step >= start else lr
+        if step < start:
+            return lr
+        done = min(1.0, (step - start) / max(1, total - start))
+        remaining: float = (1 - done) ** power
+        return remaining * (lr - end) + end
 
     return cooldown
-
-
-def _fraction(step: int, start: int, end: int) -> float:
-    """How much of start..end lies behind a step."""
-    return min(1.0, (step - start) / max(1, end - start))

@@ -1,0 +1,146 @@
+"""A run as such: its name, its directory, its log, what it reports and what it writes down about itself."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from models.clip import Clip
+from training.checkpoint.run_state import find_resume_path
+from training.cli import Parsed, config_values, to_yaml
+from training.config import Config
+from training.distributed.runtime import Runtime
+from training.distributed.start_up import on_first_rank
+from training.losses.build import describe_loss
+from training.naming import RunPaths, choose_run_name, claim_run_directory, params_text, run_paths
+from training.observability.console import ProgressLine, set_up_logging
+from training.observability.reporter import Reporter
+from training.observability.sinks import JsonLinesSink, MetricSink, TensorBoardSink, WandbSink
+from training.train import TrainPlan
+from training.validation import report_targets
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every part of a run is told: its settings, its place among the ranks, where it writes."""
+
+    config: Config
+    runtime: Runtime
+    name: str
+    paths: RunPaths | None
+    """None with ``--logs none``."""
+    progress: ProgressLine
+
+
+def open_run(parsed: Parsed, runtime: Runtime) -> Run:
+    """Names the run, claims its directory and starts the log. Collective: all ranks.
+
+    Raises:
+        ValueError: the name is taken, or nothing can be written there; on every rank.
+    """
+    config = parsed.config
+    name = on_first_rank(lambda: choose_run_name(config, date=datetime.now()), rank=runtime.rank)
+    paths = run_paths(config, name=name, rank=runtime.rank)
+    if paths is not None:
+        on_first_rank(lambda: claim_run_directory(paths, config=config), rank=runtime.rank)
+    writes_log = runtime.is_local_main if config.logging.log_local else runtime.is_main
+    progress = set_up_logging(
+        path=paths.out_log if paths and writes_log else None,
+        debug=config.logging.debug,
+        rank=runtime.rank,
+        on_screen=runtime.is_main,
+    )
+    if runtime.is_main:
+        for notice in parsed.notices:
+            logger.warning("%s", notice)
+    logger.info("Run %s: rank %d of %d on %s.", name, runtime.rank, runtime.world_size, runtime.device)
+    return Run(config, runtime, name, paths, progress)
+
+
+def agreed_resume_path(run: Run) -> str | None:
+    """What ``--resume`` stands for; None if nothing is saved yet. Collective: all ranks.
+
+    Rank 0 looks and all ranks take what it found: they may see a busy file system differently.
+
+    Raises:
+        ValueError: no such checkpoint. DamagedCheckpoint: there are checkpoints, and none is whole.
+    """
+    resume = run.config.checkpoint.resume
+    assert resume is not None
+    checkpoints = run.paths.checkpoints if run.paths else None
+    return on_first_rank(lambda: find_resume_path(resume, checkpoints=checkpoints), rank=run.runtime.rank)
+
+
+def build_reporter(run: Run, plan: TrainPlan | None, *, loader_samples: int, first_step: int) -> Reporter | None:
+    """The sinks that ``--report-to`` names, and the log; on rank 0 only."""
+    if not run.runtime.is_main:
+        return None
+    config, paths = run.config, run.paths
+    sinks: list[MetricSink] = []
+    if paths is not None:
+        targets = report_targets(config.logging.report_to)
+        sinks.append(JsonLinesSink(paths.metrics_jsonl, first_step=first_step))
+        if "tensorboard" in targets:
+            sinks.append(TensorBoardSink(paths.tensorboard, first_step=first_step))
+        if "wandb" in targets:
+            settings = config_values(config)
+            sinks.append(WandbSink(paths.root, config=config.logging, name=run.name, settings=settings))
+    return Reporter(
+        sinks=sinks,
+        progress=run.progress,
+        results_path=paths.results_jsonl if paths else None,
+        samples_per_epoch=loader_samples,
+        steps_per_epoch=plan.steps_per_epoch if plan else 1,
+        first_step=first_step,
+        total_steps=plan.total_steps if plan else 1,
+    )
+
+
+def record_settings(run: Run, model: Clip, plan: TrainPlan) -> None:
+    """Writes params.txt and config.yaml, and says in the log what is about to happen. On rank 0."""
+    if not run.runtime.is_main:
+        return
+    config, runtime = run.config, run.runtime
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    logger.info("Model %s: %.1f M parameters, %.1f M trained.", config.model.model, parameters / 1e6, trained / 1e6)
+    logger.info(
+        "%d epochs of %d steps; global batch %d = %d per rank x %d ranks x %d micro-steps; precision %s.",
+        plan.epochs,
+        plan.steps_per_epoch,
+        plan.samples_per_step,
+        config.data.batch_size,
+        runtime.world_size,
+        plan.accum_freq,
+        config.engine.precision,
+    )
+    # The remarks on gathering concern several ranks only.
+    for line in describe_loss(config.loss)[: None if runtime.world_size > 1 else 1]:
+        logger.info("%s", line)
+    if run.paths is None:
+        return
+    facts = {
+        "device": str(runtime.device),
+        "rank": runtime.rank,
+        "local_rank": runtime.local_rank,
+        "world_size": runtime.world_size,
+        "name": run.name,
+    }
+    run.paths.params_txt.write_text(params_text(config, paths=run.paths, facts=facts))
+    run.paths.config_yaml.write_text(to_yaml(replace(config, logging=replace(config.logging, name=run.name))))
+    if config.logging.copy_codebase:
+        _copy_code(run.paths.code)
+
+
+def _copy_code(destination: Path) -> None:
+    """The packages of this program as they run now."""
+    here = Path(__file__).resolve().parent.parent
+    for package in ("training", "models", "slurm", "configs"):
+        shutil.copytree(
+            here / package, destination / package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
