@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from tests.distributed.launch import current_runtime, run_ranks
 from tests.tiny_clip import TinyClip, gradients, split, tiny_batch, tiny_clip
-from training.config import EngineConfig, LossConfig
+from training.config import EngineConfig, LossConfig, OptimConfig
 from training.data.batch import DeviceBatch
 from training.distributed.collectives import rank, world_size
 from training.distributed.parallelize import parallelize
 from training.losses import build_loss
+from training.optim.optimizer import build_optimizer
 from training.precision import build_precision
 from training.train_step import StepMetrics, TrainStep
 
@@ -234,3 +235,46 @@ def test_training_lowers_the_loss(accum_freq):
     step = build_step(model, optimizer=torch.optim.AdamW(model.parameters()))
     losses = [step(split(batch, accum_freq), lr=0.01).loss.item() for _ in range(30)]
     assert losses[-1] < 0.2 * losses[0]
+
+
+CUDA = torch.device("cuda")
+
+
+def on_cuda(batch: DeviceBatch) -> DeviceBatch:
+    return DeviceBatch(batch.images.to(CUDA), batch.texts.to(CUDA))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("accum_freq", [1, 2])
+@pytest.mark.parametrize("precision", ["amp_bf16", "amp", "fp32"])
+def test_a_step_on_the_gpu_never_waits_for_it(precision, accum_freq):
+    model = tiny_clip(dropout=0.1).to(CUDA)
+    row = build_precision(precision, CUDA)
+    step = TrainStep(
+        model=model,
+        loss=build_loss(LossConfig()),
+        optimizer=build_optimizer(model, OptimConfig(lr=1e-3, beta1=0.9, beta2=0.98, eps=1e-6)),
+        precision=row,
+        scaler=row.grad_scaler(),
+        grad_clip_norm=1.0,
+    )
+    pieces = split(on_cuda(tiny_batch(GLOBAL_BATCH)), accum_freq)
+    step(pieces, lr=1e-3)  # the first step creates states, and the scaler its scale
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        metrics = step(pieces, lr=1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(metrics.loss)
+
+
+@pytest.mark.gpu
+def test_dropout_masks_are_replayed_on_the_gpu():
+    batch = on_cuda(tiny_batch(GLOBAL_BATCH))
+    batch = batch._replace(images=batch.images.double())
+    found, expected = (tiny_clip(dropout=0.3, batch_norm=True).double().to(CUDA) for _ in range(2))
+    torch.manual_seed(5)
+    one_graph_over_all_micro_batches(expected, batch, 4)
+    torch.manual_seed(5)
+    _, grads, _ = run_step(found, batch, accum_freq=4)
+    assert_close(grads, gradients(expected), 1e-12)

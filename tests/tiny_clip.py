@@ -29,6 +29,11 @@ class Block(nn.Module):
         return x + self.dropout(F.gelu(self.fc(self.ln(x))))
 
 
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=1)  # [B, L, D] -> [B, D]
+
+
 class Tower(nn.Module):
     def __init__(self, stem: nn.Module, *, dropout: float, batch_norm: bool) -> None:
         super().__init__()
@@ -48,7 +53,7 @@ class TinyClip(nn.Module):
     def __init__(self, *, dropout: float = 0.0, batch_norm: bool = False, bias: bool = False) -> None:
         super().__init__()
         image_stem = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(IMAGE_SHAPE), WIDTH))
-        text_stem = nn.EmbeddingBag(VOCABULARY, WIDTH)
+        text_stem = nn.Sequential(nn.Embedding(VOCABULARY, WIDTH), Mean())
         self.visual = Tower(image_stem, dropout=dropout, batch_norm=batch_norm)
         self.text = Tower(text_stem, dropout=dropout, batch_norm=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0 if bias else 1 / 0.07)))
