@@ -77,11 +77,7 @@ class TrainStep:
         self.scaler = scaler or torch.amp.GradScaler(precision.device_type, enabled=False)
         self.grad_clip_norm = grad_clip_norm
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # Ranks exchange gradients once per step, in DDP's backward pass of the last micro-batch. A backward pass of
-        # the plain model beside it adds to this rank's gradients only, and DDP averages the sum. In the first step
-        # every micro-batch goes through DDP, which averages what is already average and changes nothing: DDP with a
-        # static graph counts gradients until its first exchange, and would wait for the local ones for ever after.
-        self._has_exchanged = False
+        self._needs_first_exchange = unwrap(model) is not model
 
     def __call__(self, micro_batches: Sequence[DeviceBatch], *, lr: float) -> StepMetrics:
         """Updates the weights once from all micro-batches together.
@@ -98,7 +94,6 @@ class TrainStep:
             loss, output = self._backward(micro_batches[0])
         else:
             loss, output = self._backward_accumulated(micro_batches)
-        self._has_exchanged = True
         grad_norm = self._update()
         bias = output.logit_bias
         return StepMetrics(loss, output.logit_scale.detach(), grad_norm, None if bias is None else bias.detach())
@@ -112,6 +107,8 @@ class TrainStep:
 
     def _backward_accumulated(self, micro_batches: Sequence[DeviceBatch]) -> tuple[Tensor, ClipOutput]:
         """The same gradients from k micro-batches, with the activations of one of them in memory at a time."""
+        self._exchange_once(micro_batches[0])
+
         # 1. Features of all micro-batches, and the random state each of them started with.
         outputs, random_states = self._encode_without_gradient(micro_batches)
 
@@ -121,13 +118,32 @@ class TrainStep:
         self.scaler.scale(loss).backward()
         cut = _split_gradients(joined, sizes=[len(output.image_features) for output in outputs])
 
-        # 3. Through the towers, piece by piece.
+        # 3. Through the towers, piece by piece. Ranks exchange gradients once, in DDP's backward pass of the last one. A
+        # backward pass of the plain model beside it adds to this rank's gradients only, and DDP averages the sum.
         last = len(micro_batches) - 1
         for index, (batch, state, gradients) in enumerate(zip(micro_batches, random_states, cut, strict=True)):
             state.restore()  # the same dropout masks as in 1, or these would be other features than the loss saw
-            model = self.model if index == last or not self._has_exchanged else unwrap(self.model)
+            model = self.model if index == last else unwrap(self.model)
             _backward_from(self._forward(model, batch), gradients)
         return loss.detach(), outputs[0]
+
+    def _exchange_once(self, batch: DeviceBatch) -> None:
+        """In a process's first step: a backward pass of DDP that changes nothing.
+
+        DDP with a static graph counts gradients until its first exchange, and would wait for the local ones for ever
+        after. To exchange every micro-batch of the first step instead would round differently, and a resumed run would
+        not repeat an uninterrupted one bit for bit.
+        """
+        if not self._needs_first_exchange:
+            return
+        self._needs_first_exchange = False
+        state = RandomState.capture(batch.images.device)
+        with _running_statistics_kept(unwrap(self.model)):
+            output = self._forward(self.model, batch)
+            differentiable = [tensor for tensor in output if tensor is not None and tensor.requires_grad]
+            torch.autograd.backward(differentiable, [torch.zeros_like(tensor) for tensor in differentiable])
+        self.optimizer.zero_grad(set_to_none=True)
+        state.restore()
 
     def _encode_without_gradient(
         self, micro_batches: Sequence[DeviceBatch]
