@@ -190,32 +190,50 @@ def parse_model_config(model_cfg: Mapping[str, Any], *, name: str) -> ClipConfig
 def check_config(config: ClipConfig) -> None:
     """Refuse what cannot be built or would not be a contrastive model; called again after every override."""
     vision, text = config.vision_cfg, config.text_cfg
-    if vision.kind != "timm":
-        stride = as_pair(vision.patch_size or 16) if vision.kind == "vit" else (32, 32)
-        if any(size % step for size, step in zip(vision.image_hw, stride, strict=True)):
-            unit = "patch size" if vision.kind == "vit" else "total stride"
-            raise ValueError(
-                f"image size {vision.image_hw} of model '{config.name}' is not divisible by its {unit} {stride}: "
-                f"pass --force-image-size with multiples of {stride}"
-            )
-    for section, tower in (("vision_cfg", vision), ("text_cfg", text)):
-        if tower.pool_type == "none" or tower.output_tokens:
-            option = "pool_type 'none'" if tower.pool_type == "none" else "output_tokens"
-            raise ValueError(f"{section} of model '{config.name}' has {option}: token outputs exist for CoCa only")
-        if tower.scaled_cosine_attn:
-            raise ValueError(
-                f"{section} of model '{config.name}' has scaled_cosine_attn: open_clip 3.3.0's own implementation "
-                f"fails in its forward pass, so there is nothing to be compatible with; use qk_norm"
-            )
+    _check_tower(vision, where=f"vision_cfg of model '{config.name}'")
+    _check_tower(text, where=f"text_cfg of model '{config.name}'")
     _check_choice(vision.pool_type, ("tok", "avg"), "vision_cfg.pool_type")
     _check_choice(vision.pos_embed_type, ("learnable", "sin_cos_2d"), "vision_cfg.pos_embed_type")
     _check_choice(text.pool_type, ("argmax", "first", "last", "eos"), "text_cfg.pool_type")
+    _check_image_size(vision, where=f"model '{config.name}'")
+    if isinstance(vision.attentional_pool, str):
+        raise ValueError(
+            f"vision_cfg of model '{config.name}' has attentional_pool '{vision.attentional_pool}': open_clip 3.3.0 "
+            f"marks it as unfinished, and its forward pass fails; use true or false"
+        )
     if not 0.0 <= vision.patch_dropout < 1.0:
         raise ValueError(f"patch dropout {vision.patch_dropout} is outside [0, 1): pass another --force-patch-dropout")
     if text.context_length < 1:
         raise ValueError(f"context length {text.context_length} is not positive: pass another --force-context-length")
     if text.embed_cls and not config.custom_text:
         raise ValueError(f"model '{config.name}' has text_cfg.embed_cls, which needs the layout of --force-custom-text")
+
+
+def _check_tower(tower: VisionConfig | TextConfig, *, where: str) -> None:
+    if tower.pool_type == "none" or tower.output_tokens:
+        option = "pool_type 'none'" if tower.pool_type == "none" else "output_tokens"
+        raise ValueError(f"{where} has {option}: a contrastive model needs one feature per sample, drop the option")
+    if tower.scaled_cosine_attn:
+        raise ValueError(f"{where} has scaled_cosine_attn: it fails in open_clip 3.3.0's forward pass; use qk_norm")
+
+
+def _check_image_size(vision: VisionConfig, *, where: str) -> None:
+    """A timm trunk checks its own size, when it is built."""
+    if vision.kind == "timm":
+        return
+    height, width = vision.image_hw
+    stride = as_pair(vision.patch_size or 16) if vision.kind == "vit" else (32, 32)
+    if height % stride[0] or width % stride[1]:
+        unit = "patch size" if vision.kind == "vit" else "total stride"
+        raise ValueError(
+            f"image size {height} x {width} of {where} is not divisible by its {unit} {stride[0]} x {stride[1]}: "
+            f"pass --force-image-size with multiples of it"
+        )
+    if height != width and (vision.kind == "resnet" or vision.pos_embed_type == "sin_cos_2d"):
+        raise ValueError(
+            f"image size {height} x {width} of {where}: its position embedding is square, "
+            f"pass --force-image-size with one number"
+        )
 
 
 def to_open_clip_json(config: ClipConfig) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def _read_directory(directory: Path) -> ModelSource:
 
 
 def _download_hub_config(repository: str, *, cache_dir: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download  # only hub addresses need it
 
     return Path(hf_hub_download(repository, OPEN_CLIP_CONFIG, cache_dir=cache_dir))
 

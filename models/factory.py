@@ -86,8 +86,10 @@ def create_model(
     )
     weights = find_pretrained(name, pretrained, cache_dir=cache_dir)
     _check_weights(config, weights, pretrained_image=pretrained_image, device=torch.device(device))
-    config = _with_tower_weights(config, image=pretrained_image and weights is None, text=weights is None)
-    model = build_model(config, device="meta" if torch.device(device).type == "meta" else "cpu")
+    is_meta = torch.device(device).type == "meta"
+    from_parts = weights is None and not is_meta
+    config = _with_tower_weights(config, image=pretrained_image and from_parts, text=from_parts)
+    model = build_model(config, device="meta" if is_meta else "cpu")
     state = read_state_dict(weights.path) if weights is not None else None
     _load(model, state, forced_size=None if force_image_size is None else config.vision_cfg.image_hw)
     forced = {
@@ -124,7 +126,10 @@ def override_config(
     init_logit_bias: float | None = None,
 ) -> ClipConfig:
     """The configuration with the ``--force-*`` flags applied, checked again. None and False leave a value alone."""
-    size = None if image_size is None else as_pair(image_size if isinstance(image_size, int) else tuple(image_size))
+    size: int | tuple[int, int] | None = None
+    if image_size is not None:
+        height, width = as_pair(image_size if isinstance(image_size, int) else tuple(image_size))
+        size = height if height == width else (height, width)
     vision = _replaced(config.vision_cfg, patch_dropout=patch_dropout, image_size=size)
     text = _replaced(config.text_cfg, context_length=context_length)
     config = replace(config, vision_cfg=vision, text_cfg=text)
@@ -200,6 +205,8 @@ def _load(model: Clip, state: Mapping[str, Tensor] | None, *, forced_size: tuple
         load_weights(model, state)
     if resizable is not None and forced_size is not None:
         resizable.set_image_size(forced_size)
+    if isinstance(model.visual, TimmTower):
+        model.visual.check_image_size()
 
 
 def _merge_preprocess(config: ClipConfig, *layers: Mapping[str, Any]) -> PreprocessConfig:

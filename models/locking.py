@@ -38,8 +38,7 @@ class FrozenBatchNorm(nn.Module):
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
         super().__init__()
         self.eps = norm.eps
-        for name, parameter in norm.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
+        self.weight, self.bias = norm.weight, norm.bias
         for name, buffer in norm.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
         # timm fuses dropout and activation into the norm; they hold no parameters.
@@ -48,8 +47,8 @@ class FrozenBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, ...] -> [B, C, ...]."""
-        weight, bias = cast("Tensor | None", self.weight), cast("Tensor | None", self.bias)
-        normed = F.batch_norm(x, self.running_mean, self.running_var, weight, bias, training=False, eps=self.eps)
+        mean, var = self.running_mean, self.running_var
+        normed = F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
         activated: Tensor = self.act(self.drop(normed))
         return activated
 

@@ -35,7 +35,12 @@ def profile_model(config: ClipConfig) -> ModelProfile:
 
     Attention matrices count in full, also causal ones, as in OpenCLIP's model profile: kernels that skip the masked
     half do not change the figure.
+
+    Raises:
+        ValueError: a Hugging Face text tower, whose code looks at the values of its masks.
     """
+    if config.text_cfg.hf_model_name is not None:
+        raise ValueError(f"'{config.text_cfg.hf_model_name}' of model '{config.name}' cannot run without memory")
     model = build_model(_without_downloads(config), device="meta").eval()
     images = torch.empty(1, 3, *config.vision_cfg.image_hw, device="meta")
     texts = torch.zeros(1, config.text_cfg.context_length, dtype=torch.int64, device="meta")
@@ -55,8 +60,7 @@ def profile_model(config: ClipConfig) -> ModelProfile:
 
 
 def _without_downloads(config: ClipConfig) -> ClipConfig:
-    vision = replace(config.vision_cfg, timm_model_pretrained=False)
-    return replace(config, vision_cfg=vision, text_cfg=replace(config.text_cfg, hf_model_pretrained=False))
+    return replace(config, vision_cfg=replace(config.vision_cfg, timm_model_pretrained=False))
 
 
 def _count_parameters(module: nn.Module) -> int:

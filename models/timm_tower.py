@@ -58,6 +58,21 @@ class TimmTower(nn.Module):
             cast(Any, self.trunk).set_input_size(image_size)
 
 
+    def check_image_size(self) -> None:
+        """Compare the configured image size with what the trunk was built for.
+
+        Raises:
+            ValueError: a trunk of fixed size expects another one.
+        """
+        patch_embed = getattr(self.trunk, "patch_embed", None)
+        expected = getattr(patch_embed, "img_size", None)
+        if getattr(patch_embed, "strict_img_size", False) and tuple(expected or ()) != self.image_size:
+            raise ValueError(
+                f"the model is configured for images of {self.image_size}, its timm trunk for {expected}: "
+                f"pass --force-image-size"
+            )
+
+
 def timm_blocks(trunk: nn.Module) -> list[nn.Module]:
     """The outermost repeated blocks of a trunk, in the order of the forward pass; empty if it has none."""
     found: list[tuple[str, nn.Module]] = []
