@@ -63,10 +63,10 @@ def find_model(name_or_path: str, *, cache_dir: str | None = None) -> ModelSourc
 
 
 def nearest_names(word: str, words: Collection[str]) -> str:
-    """A question that ends an error's cause (", did you mean A or B?"), or nothing if no word is close."""
+    """A question to put into an error, " (did you mean A or B?)", or nothing if no word is close."""
     lowered = {candidate.lower(): candidate for candidate in words}
     matches = [lowered[match] for match in difflib.get_close_matches(word.lower(), lowered, n=3, cutoff=0.5)]
-    return f", did you mean {' or '.join(matches)}?" if matches else ""
+    return f" (did you mean {' or '.join(matches)}?)" if matches else ""
 
 
 def _config_directories() -> list[Path]:
