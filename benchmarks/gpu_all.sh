@@ -7,19 +7,14 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 limit_s=130
 failed=0
-arms=both
 checkout=()
-
 if [ -n "${OPEN_CLIP_PATH:-}" ]; then
     checkout=(--open-clip-path "$OPEN_CLIP_PATH")
-elif ! "$python" -c 'import open_clip' 2>/dev/null; then
-    echo "open_clip is not installed here: only our side is measured, without a ratio and without the parity gate"
-    arms=clipyard
 fi
 
 measure() {
     echo "== train_step $*"
-    timeout "$limit_s" "$python" -m benchmarks.train_step --device cuda --arms "$arms" "${checkout[@]}" "$@"
+    timeout "$limit_s" "$python" -m benchmarks.train_step --device cuda "${checkout[@]}" "$@"
     local code=$?
     if [ "$code" -ne 0 ]; then
         echo "== failed with exit code $code (124 is the limit of $limit_s s): train_step $*" >&2
