@@ -100,6 +100,6 @@ def test_activation_checkpointing_lowers_the_peak(device):
         trained = parallelize(model, config=engine, runtime=runtime)
         step = build_step(model, device, precision="amp_bf16", trained=trained)
         torch.cuda.reset_peak_memory_stats()
-        step([build_batch(config, 256, device)], lr=1e-3)
+        step([build_batch(config, 1024, device)], lr=1e-3)
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[1] < 0.8 * peaks[0]
