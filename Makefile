@@ -25,7 +25,8 @@ endif
 
 $(if $(filter-out full short,$(DEMO)),$(error DEMO is full or short, not '$(DEMO)'))
 DEMO_CONFIG := configs/runs/$(if $(filter short,$(DEMO)),demo-short,demo).yaml
-DEMO_RUN := demo-$(shell date +%Y%m%d-%H%M%S)
+# One name per setting: an interrupted demo goes on where it stopped, a finished one only shows its result.
+DEMO_RUN := $(if $(filter short,$(DEMO)),demo-short,demo)
 
 .PHONY: help install demo test lint gpu clean
 
@@ -50,7 +51,7 @@ install: $(INSTALLED)  ## make .venv and install Clipyard into it
 
 demo: $(INSTALLED)  ## make the demo shards, train on them, evaluate, print the result
 	$(PYTHON) -m training.commands.main make-demo-data $(DEMO_DATA)
-	$(PYTHON) -m training.main --config $(DEMO_CONFIG) --logs $(LOGS) --name $(DEMO_RUN) \
+	$(PYTHON) -m training.main --config $(DEMO_CONFIG) --logs $(LOGS) --name $(DEMO_RUN) --resume latest \
 	    --train-data '$(DEMO_DATA)/train/*.tar' --val-data '$(DEMO_DATA)/val/*.tar' \
 	    --zeroshot-data $(DEMO_DATA)/zeroshot --retrieval-data $(DEMO_DATA)/retrieval
 	@$(PYTHON) -m training.commands.main demo-result $(LOGS)/$(DEMO_RUN)
@@ -63,7 +64,7 @@ lint: $(INSTALLED_TEST)  ## style, types and layers only
 	$(PYTHON) -m pytest -q tests/test_layers.py
 
 gpu: $(INSTALLED_TEST)  ## GPU tests, then GPU benchmarks into benchmarks/results (8 minutes)
-	$(PYTHON) -m pytest -q -m gpu tests/gpu
+	$(PYTHON) -m pytest -q -m gpu tests
 	PYTHON=$(PYTHON) bash benchmarks/gpu_all.sh
 
 clean:  ## remove .venv and the demo shards; what was trained stays under logs

@@ -118,8 +118,8 @@ class TrainStep:
         self.scaler.scale(loss).backward()
         cut = _split_gradients(joined, sizes=[len(output.image_features) for output in outputs])
 
-        # 3. Through the towers, piece by piece. Ranks exchange gradients once, in DDP's backward pass of the last one. A
-        # backward pass of the plain model beside it adds to this rank's gradients only, and DDP averages the sum.
+        # 3. Through the towers, piece by piece. Ranks exchange gradients once, in DDP's backward pass of the last one.
+        # A backward pass of the plain model beside it adds to this rank's gradients only, and DDP averages the sum.
         last = len(micro_batches) - 1
         for index, (batch, state, gradients) in enumerate(zip(micro_batches, random_states, cut, strict=True)):
             state.restore()  # the same dropout masks as in 1, or these would be other features than the loss saw

@@ -26,7 +26,8 @@ def _line(tmp_path: Path, model: str, name: str, *more: str) -> list[str]:
     flags = (
         "--precision fp32 --device cpu --epochs 3 --batch-size 4 --workers 1 --warmup 2 --lr 1e-3 "
         "--force-patch-dropout 0.5 --aug-cfg scale=(0.4,1.0) color_jitter_prob=0.8 color_jitter=(0.3,0.3,0.3,0.1) "
-        "--log-every-n-steps 1 --save-every-n-steps 2 --save-most-recent --resume latest --local-loss --gather-with-grad"
+        "--log-every-n-steps 1 --save-every-n-steps 2 --save-most-recent --resume latest "
+        "--local-loss --gather-with-grad"
     )
     logs = str(tmp_path / "logs")
     return [*flags.split(), "--train-data", pattern, "--model", model, "--logs", logs, "--name", name, *more]

@@ -46,9 +46,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _flags(demo: Path, logs: Path, model: str, *more: str) -> list[str]:
-    flags = "--precision fp32 --device cpu --epochs 2 --batch-size 8 --workers 1 --warmup 2 --name r --evaluate-at-start"
+    flags = "--precision fp32 --device cpu --epochs 2 --batch-size 8 --workers 1 --warmup 2 --name r"
     return [
         *flags.split(),
+        "--evaluate-at-start",
         *("--model", model, "--logs", str(logs), "--report-to", "tensorboard", "--log-every-n-steps", "2"),
         *("--train-data", f"{demo}/train/*.tar", "--val-data", f"{demo}/val/*.tar"),
         *("--zeroshot-data", f"{demo}/zeroshot", "--retrieval-data", f"{demo}/retrieval", "--zeroshot-frequency", "1"),
@@ -83,7 +84,7 @@ def test_one_rank_and_two_ranks_train_the_same_model(tmp_path: Path, tiny_model:
     losses = []
     for world_size in (1, 2):
         logs = tmp_path / str(world_size)
-        flags = f"--precision fp32 --device cpu --epochs 3 --workers 0 --warmup 1 --lr 1e-3 --batch-size {16 // world_size}"
+        flags = f"--precision fp32 --device cpu --epochs 3 --workers 0 --warmup 1 --batch-size {16 // world_size}"
         argv = [*flags.split(), "--train-data", str(table), "--model", tiny_model, "--logs", str(logs), "--name", "r"]
         # The whole image: which pixels a sample shows depends on its place in the order, and that on the ranks.
         argv += ["--aug-cfg", "scale=(1.0,1.0)", "ratio=(1.0,1.0)", "--log-every-n-steps", "1"]

@@ -53,7 +53,7 @@ def unpack_optimizer(
     if state and missing:
         raise ValueError(
             f"The checkpoint has no optimizer state of {len(missing)} trained parameters (first {missing[0]!r}): "
-            "resume with the same --model, --lock-image and --lock-text, or give it to --pretrained for its weights only."
+            "resume with the same --model, --lock-image and --lock-text, or give it to --pretrained (weights only)."
         )
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
