@@ -96,7 +96,6 @@ def build_reporter(run: Run, plan: TrainPlan | None, *, loader_samples: int, fir
         results_path=paths.results_jsonl if paths else None,
         samples_per_epoch=loader_samples,
         steps_per_epoch=plan.steps_per_epoch if plan else 1,
-        first_step=first_step,
         total_steps=plan.total_steps if plan else 1,
     )
 

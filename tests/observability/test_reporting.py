@@ -38,7 +38,6 @@ def _reporter(sinks: list[MetricSink], *, stream: io.StringIO | None = None, res
         results_path=results,
         samples_per_epoch=640,
         steps_per_epoch=10,
-        first_step=0,
         total_steps=20,
     )
 
@@ -127,6 +126,15 @@ def test_other_ranks_show_warnings_only_and_say_who_they_are(
         root.handlers[:] = before
 
 
+def test_the_time_left_follows_the_recent_rate() -> None:
+    countdown = Countdown(total_steps=100)
+    assert countdown.remaining_s(1, step_s=4.0) == pytest.approx(4.0 * 99)
+    assert countdown.remaining_s(11, step_s=1.0) == pytest.approx(3.4 * 89)
+    for _ in range(30):
+        remaining = countdown.remaining_s(50, step_s=1.0)
+    assert remaining == pytest.approx(50, rel=0.01)
+
+
 def test_small_numbers() -> None:
     mean = RunningMean()
     assert mean.mean == 0.0
@@ -134,4 +142,3 @@ def test_small_numbers() -> None:
     mean.add(2.0)
     assert mean.mean == 1.5
     assert format_duration(3725.4) == "1:02:05"
-    assert format_duration(Countdown(first_step=5, total_steps=9).remaining_s(5)) == "-:--:--"

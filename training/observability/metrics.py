@@ -60,25 +60,24 @@ class RunningMean:
 
 
 class Countdown:
-    """Estimates the time that remains from the rate of steps since the run (or its latest part) began."""
+    """Estimates the time that remains from the recent time per step: a slow start is soon forgotten."""
 
-    def __init__(self, *, first_step: int, total_steps: int) -> None:
-        self._first_step = first_step
+    _MEMORY = 0.8
+    """Weight of the past at each measurement."""
+
+    def __init__(self, *, total_steps: int) -> None:
         self._total_steps = total_steps
-        self._start = time.monotonic()
+        self._step_s: float | None = None
 
-    def remaining_s(self, step: int) -> float:
-        """Seconds until the last step at the mean rate so far."""
-        done = step - self._first_step
-        if done <= 0:
-            return float("inf")
-        return (time.monotonic() - self._start) / done * (self._total_steps - step)
+    def remaining_s(self, steps_done: int, *, step_s: float) -> float:
+        """Seconds until the last step, after a window whose steps took ``step_s`` seconds each."""
+        past = step_s if self._step_s is None else self._step_s
+        self._step_s = self._MEMORY * past + (1 - self._MEMORY) * step_s
+        return self._step_s * (self._total_steps - steps_done)
 
 
 def format_duration(seconds: float) -> str:
-    """``3725`` -> ``1:02:05``; unknown durations are ``-:--:--``."""
-    if seconds == float("inf"):
-        return "-:--:--"
+    """``3725`` -> ``1:02:05``."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}"

@@ -24,7 +24,6 @@ class Reporter:
         results_path: Path | None,
         samples_per_epoch: int,
         steps_per_epoch: int,
-        first_step: int,
         total_steps: int,
     ) -> None:
         self._sinks = sinks
@@ -33,7 +32,7 @@ class Reporter:
         self._samples_per_epoch = samples_per_epoch
         self._steps_per_epoch = steps_per_epoch
         self._total_steps = total_steps
-        self._countdown = Countdown(first_step=first_step, total_steps=total_steps)
+        self._countdown = Countdown(total_steps=total_steps)
         self._epoch_loss = RunningMean()
 
     def step(self, step: int, metrics: Mapping[str, float], *, samples_per_step: int, log_line: bool) -> None:
@@ -43,7 +42,7 @@ class Reporter:
         if step % self._steps_per_epoch == 0:
             self._epoch_loss.reset()
         self._epoch_loss.add(metrics["loss"])
-        remaining_s = self._countdown.remaining_s(step + 1)
+        remaining_s = self._countdown.remaining_s(step + 1, step_s=metrics["batch_time"])
         if log_line:
             logger.info("%s", self._line(step, metrics, samples_per_step=samples_per_step, remaining_s=remaining_s))
         self._progress.show(
