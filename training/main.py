@@ -22,6 +22,7 @@ from models.locking import lock_image_tower, lock_text_tower
 from models.tokenizer import build_tokenizer
 from models.weights import load_weights
 from training.checkpoint.checkpointer import Checkpointer
+from training.checkpoint.manifest import DamagedCheckpoint
 from training.checkpoint.run_state import RunParts, read_weights, restore
 from training.checkpoint.saver import Saver
 from training.cli import Parsed, config_values, parse_or_exit
@@ -66,7 +67,7 @@ def _prepare(parsed: Parsed, runtime: Runtime) -> Callable[[], None]:
     try:
         run = open_run(parsed, runtime)
         return _build(run)
-    except ValueError as error:
+    except (ValueError, DamagedCheckpoint) as error:
         if parsed.config.logging.debug:
             raise
         logger.error("%s", error)

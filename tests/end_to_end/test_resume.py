@@ -103,6 +103,18 @@ def test_a_run_that_open_clip_began_goes_on_here(run_here: Run, tmp_path: Path, 
     assert min(step for step in _losses(tmp_path / "logs/r") if step >= 24) == 24
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(
+    run_here: Run, tmp_path: Path, tiny_model: str
+) -> None:
+    line = _line(tmp_path, tiny_model, "r", "--epochs", "1")
+    assert run_here(line).code == 0
+    for weights in (tmp_path / "logs/r/checkpoints").glob("step_*/model.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-4] + b"ruin")
+    outcome = run_here(line)
+    assert outcome.code == 2
+    assert "None of the 2 step checkpoints" in outcome.text
+
+
 def test_another_number_of_ranks_is_refused_with_the_remedy(run_here: Run, tmp_path: Path, tiny_model: str) -> None:
     line = _line(tmp_path, tiny_model, "r", "--epochs", "1")
     assert run_here(line).code == 0

@@ -60,7 +60,8 @@ class SampleDecoder:
         )
         with torch.random.fork_rng(devices=[]):
             state = random.getstate()
-            torch.manual_seed(seed)
+            # Not torch.manual_seed, which would also reset the GPUs' generators, where the model's dropout draws.
+            torch.default_generator.manual_seed(seed)
             random.seed(seed)
             try:
                 return Sample(raw.key, self.transform(image), caption)
