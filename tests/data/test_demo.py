@@ -10,6 +10,7 @@ import json
 import re
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 
 from training.commands.make_demo_data import main
+from training.data import demo
 from training.data import demo_captions as words
 from training.data.demo import TEMPLATES, make_demo_data
 from training.data.demo_samples import CLASS_NAMES, DemoSpec, draw_sample, plan_sample
@@ -287,6 +289,26 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         make_demo_data(tmp_path / "set", TINY)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("faster_seed", "message"), [(3, None), (4, "not with --samples 40")])
+def test_of_two_runs_into_one_directory_the_first_to_finish_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster_seed: int, message: str | None
+) -> None:
+    write_manifest = demo._write_manifest
+
+    def finish_second(staging: Path, spec: DemoSpec) -> None:
+        monkeypatch.undo()
+        assert make_demo_data(tmp_path / "set", replace(TINY, seed=faster_seed))
+        write_manifest(staging, spec)
+
+    monkeypatch.setattr(demo, "_write_manifest", finish_second)
+    if message is None:
+        assert not make_demo_data(tmp_path / "set", TINY)
+    else:
+        with pytest.raises(ValueError, match=message):
+            make_demo_data(tmp_path / "set", TINY)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 @pytest.mark.parametrize(

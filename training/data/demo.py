@@ -63,9 +63,19 @@ def make_demo_data(directory: Path, spec: DemoSpec, *, processes: int = 1) -> bo
         with _pool(processes) as pool:
             _write_all(staging, spec, pool)
         _write_manifest(staging, spec)
-        os.rename(staging, directory)  # atomic; replaces an empty directory and nothing else
+        return _move_into_place(staging, directory, spec)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move_into_place(staging: Path, directory: Path, spec: DemoSpec) -> bool:
+    """False if another process was faster with the same set; with anything else there, the error of `is_finished`."""
+    try:
+        os.rename(staging, directory)  # atomic; replaces an empty directory and nothing else
+    except OSError:
+        if is_finished(directory, spec):
+            return False
+        raise
     return True
 
 

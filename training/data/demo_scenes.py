@@ -44,12 +44,15 @@ BACKGROUND_COLOURS: dict[str, Rgb] = {
     "lavender": (214, 206, 241),
     "peach": (251, 214, 192),
     "sky": (190, 221, 246),
-    "silver": (178, 181, 187),
-    "slate": (86, 98, 116),
-    "navy": (30, 38, 82),
-    "forest": (32, 70, 54),
-    "charcoal": (50, 52, 58),
+    "silver": (192, 195, 201),
+    "sand": (226, 206, 164),
+    "lime": (216, 236, 166),
 }
+"""All light: with the dark outline of the things, a shape looks alike in every colour on every background."""
+OUTLINE: Rgb = (24, 24, 34)
+OUTLINE_WIDTH = 0.026
+THICKEST_OUTLINE = 0.16
+"""In radii: a thicker outline would hide the colour of small crescents."""
 BACKGROUND_KINDS = ("plain", "gradient", "stripes", "dots", "checks", "noise", "clouds")
 
 CROWDING = {1: 1.0, 2: 0.58, 3: 0.46}
@@ -58,8 +61,8 @@ MAX_OFFSET = 0.06
 NUM_THINGS_WEIGHTS = (0.5, 0.34, 0.16)
 TEXTURE_WEIGHTS = (0.4, 0.2, 0.2, 0.2)
 HELD_OUT_ONE_IN = 10
-MIN_CONTRAST = 90.0
-"""Smallest distance in RGB between a thing and its background: about where a thing stops being easy to see."""
+MIN_CONTRAST = 45.0
+"""Smallest distance in RGB between a thing and its background."""
 SUPERSAMPLING = 4
 
 
@@ -199,8 +202,7 @@ def _sample_background(rng: random.Random, *, tints: list[Rgb]) -> Background:
     visible = [
         name for name, rgb in BACKGROUND_COLOURS.items() if all(math.dist(rgb, tint) > MIN_CONTRAST for tint in tints)
     ]
-    # A black and a white thing together leave the middle tones, which every colour stands out from well enough.
-    colour = rng.choice(visible or ["silver", "slate"])
+    colour = rng.choice(visible)
     base = BACKGROUND_COLOURS[colour]
     change = rng.choice((-1, 1)) * rng.randint(16, 34)
     accent = _clip_rgb((base[0] + change, base[1] + change, base[2] + change))
@@ -279,16 +281,25 @@ def _pattern(kind: str, grid: Pixels, *, angle: float, period: float) -> Pixels:
 
 
 def _paint_thing(canvas: Image.Image, thing: Thing) -> None:
-    """A soft shadow below, then the textured shape, both through an anti-aliased mask of the shape's own box."""
+    """A soft shadow, a dark outline and the textured inside, each through an anti-aliased mask of the shape's box."""
     side = canvas.width
     half = math.ceil(thing.radius * side) + 2
     left, top = round(thing.x * side) - half, round(thing.y * side) - half
     centre = (thing.x * side - left, thing.y * side - top)
-    mask = _shape_mask(thing, box=2 * half, centre=centre, radius=thing.radius * side)
+    shape = _shape_mask(thing, box=2 * half, centre=centre, radius=thing.radius * side)  # supersampled
+    outline = min(OUTLINE_WIDTH, THICKEST_OUTLINE * thing.radius) * side
+    mask, inside = shape.reduce(SUPERSAMPLING), _erode(shape, outline).reduce(SUPERSAMPLING)
     drop = max(1, side // 50)
     shadow = mask.filter(ImageFilter.GaussianBlur(drop)).point([value * 2 // 5 for value in range(256)])
     canvas.paste((12, 12, 24), (left + drop, top + drop), shadow)
-    canvas.paste(Image.fromarray(_paint_texture(thing, box=2 * half, side=side)), (left, top), mask)
+    canvas.paste(OUTLINE, (left, top), mask)
+    canvas.paste(Image.fromarray(_paint_texture(thing, box=2 * half, side=side)), (left, top), inside)
+
+
+def _erode(mask: Image.Image, pixels: float) -> Image.Image:
+    """What is at least that far from the edge: where the mean over a box is full, all of the box is."""
+    mean = mask.filter(ImageFilter.BoxBlur(round(pixels * SUPERSAMPLING)))
+    return mean.point([255 if value == 255 else 0 for value in range(256)])
 
 
 def _paint_texture(thing: Thing, *, box: int, side: int) -> NDArray[np.uint8]:
@@ -331,7 +342,7 @@ def _shape_mask(thing: Thing, *, box: int, centre: tuple[float, float], radius: 
     draw.polygon(place(outline), fill=255)
     if hole:
         draw.polygon(place(hole), fill=0)
-    return mask.reduce(scale)
+    return mask
 
 
 def _arc(*, radius: float = 1.0, x: float = 0.0, num_points: int = 48) -> Points:
@@ -373,7 +384,7 @@ _OUTLINES: dict[str, tuple[Points, Points]] = {
     "star": (_regular(5, inner=0.42), []),
     "heart": (_heart(), []),
     "cross": (_cross(), []),
-    "ring": (_arc(), _arc(radius=0.55)),
-    "crescent": (_arc(), _arc(radius=0.85, x=0.5)),
+    "ring": (_arc(), _arc(radius=0.5)),
+    "crescent": (_arc(), _arc(radius=0.82, x=0.52)),
 }
 """Outline and hole of each shape inside the unit circle, y down."""
