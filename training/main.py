@@ -29,6 +29,7 @@ from training.cli import Parsed, config_values, parse_or_exit
 from training.config import Config, ModelConfig
 from training.data.batch import to_device
 from training.data.build import build_train_loader
+from training.data.storage import StorageError
 from training.distributed.failure import fail_together
 from training.distributed.parallelize import parallelize
 from training.distributed.runtime import Runtime, close_runtime, start_runtime
@@ -67,7 +68,7 @@ def _prepare(parsed: Parsed, runtime: Runtime) -> Callable[[], None]:
     try:
         run = open_run(parsed, runtime)
         return _build(run)
-    except (ValueError, DamagedCheckpoint) as error:
+    except (ValueError, DamagedCheckpoint, StorageError) as error:
         if parsed.config.logging.debug:
             raise
         logger.error("%s", error)
@@ -152,6 +153,7 @@ def _build_training(
         seed=config.engine.seed,
         pin_memory=runtime.device.type == "cuda",
     )
+    loader.check_first_sample()
     plan = TrainPlan(
         steps_per_epoch=loader.num_batches // config.engine.accum_freq,
         epochs=config.schedule.epochs,

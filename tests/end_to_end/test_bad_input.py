@@ -42,8 +42,12 @@ def test_an_empty_shard_pattern_is_named(run_here: Run, tmp_path: Path, tiny_mod
 def test_shards_without_captions_are_an_error_with_counts(run_here: Run, tmp_path: Path, tiny_model: str) -> None:
     write_tar(tmp_path / "0.tar", [(str(i), {"jpg": jpeg_bytes()}) for i in range(40)])
     argv = _flags(tmp_path, tiny_model, "--train-data", str(tmp_path / "0.tar"), "--train-num-samples", "40")
-    with pytest.raises(ValueError, match=r"1000 samples in a row cannot be used .*'no_caption': 1000.*--text-key"):
-        run_here(argv)
+    _expect(run_here(argv), "1000 samples in a row cannot be used", "'no_caption': 1000", "--text-key")
+
+
+def test_a_command_that_fails_is_named_with_its_status(run_here: Run, tmp_path: Path, tiny_model: str) -> None:
+    argv = _flags(tmp_path, tiny_model, "--train-data", "pipe:cat /nowhere.tar", "--train-num-samples", "8")
+    _expect(run_here(argv), "'cat /nowhere.tar' ended with status 1")
 
 
 def test_a_wrong_csv_column_is_named(run_here: Run, tmp_path: Path, tiny_model: str) -> None:

@@ -19,8 +19,11 @@ from models.tokenizer import Tokenizer
 from training.data.batch import Batch
 from training.data.decode import Sample, SampleDecoder, UnusableSample
 from training.data.lanes import LanePosition, SampleId, Source, lanes_of_worker, mix, read_lane
+from training.data.tar_reader import RawSample
 
 _MAX_UNUSABLE_IN_A_ROW = 1000
+
+LaneReader = Iterator[tuple[RawSample, SampleId, LanePosition]]
 
 
 class WorkerPosition(NamedTuple):
@@ -102,6 +105,16 @@ class TrainLoader:
                 generator=torch.Generator(),
             )
         )
+
+    def check_first_sample(self) -> None:
+        """Decodes one sample of this rank in this process: wrong keys or a dead source show before anything is built.
+
+        Raises:
+            ValueError: none of the first samples can be used. StorageError: the first shard cannot be read.
+        """
+        lane = _lanes(self.config, rank=self._rank, worker=0)[0]
+        reader = _open_lane(self._source, lane, config=self.config, position=LanePosition())
+        _next_usable(reader, decoder=self._decoder, seed=self.config.seed, skipped=Counter())
 
     def commit(self, batch: Batch) -> None:
         """Marks a batch as consumed: a state saved from now on continues after it."""
@@ -190,14 +203,7 @@ class _WorkerStream(IterableDataset[Batch]):
         start = self.positions[info.id if info else 0]
         lane_ids = _lanes(self.config, rank=self.rank, worker=start.worker)
         readers = [
-            read_lane(
-                self.source,
-                lane,
-                num_lanes=self.config.num_lanes,
-                block=self.config.block,
-                seed=self.config.seed,
-                position=position,
-            )
+            _open_lane(self.source, lane, config=self.config, position=position)
             for lane, position in zip(lane_ids, start.lanes, strict=True)
         ]
         positions = list(start.lanes)
@@ -206,7 +212,9 @@ class _WorkerStream(IterableDataset[Batch]):
             samples: list[Sample] = []
             skipped: Counter[str] = Counter()
             while len(samples) < self.config.batch_size:
-                sample, positions[cursor] = self._next_usable(readers[cursor], skipped)
+                sample, positions[cursor] = _next_usable(
+                    readers[cursor], decoder=self.decoder, seed=self.config.seed, skipped=skipped
+                )
                 samples.append(sample)
                 cursor = (cursor + 1) % len(readers)
             yield Batch(
@@ -216,18 +224,23 @@ class _WorkerStream(IterableDataset[Batch]):
                 skipped=dict(skipped),
             )
 
-    def _next_usable(
-        self, reader: Iterator[tuple[Any, SampleId, LanePosition]], skipped: Counter[str]
-    ) -> tuple[Sample, LanePosition]:
-        """The lane's next sample that decodes; the ones that do not are counted by reason."""
-        for attempts, (raw, sample_id, position) in enumerate(reader, start=1):
-            try:
-                return self.decoder.decode(raw, seed=mix(self.config.seed, *sample_id)), position
-            except UnusableSample as fault:
-                skipped[fault.reason] += 1
-            if attempts == _MAX_UNUSABLE_IN_A_ROW:
-                break
-        raise ValueError(
-            f"{_MAX_UNUSABLE_IN_A_ROW} samples in a row cannot be used (last: {raw.key!r} with members "
-            f"{sorted(raw.members)}; reasons: {dict(skipped)}): check --train-data, --image-key and --text-key."
-        )
+
+def _open_lane(source: Source, lane: int, *, config: StreamConfig, position: LanePosition) -> LaneReader:
+    return read_lane(source, lane, num_lanes=config.num_lanes, block=config.block, seed=config.seed, position=position)
+
+
+def _next_usable(
+    reader: LaneReader, *, decoder: SampleDecoder, seed: int, skipped: Counter[str]
+) -> tuple[Sample, LanePosition]:
+    """The lane's next sample that decodes; the ones that do not are counted by reason."""
+    for attempts, (raw, sample_id, position) in enumerate(reader, start=1):
+        try:
+            return decoder.decode(raw, seed=mix(seed, *sample_id)), position
+        except UnusableSample as fault:
+            skipped[fault.reason] += 1
+        if attempts == _MAX_UNUSABLE_IN_A_ROW:
+            break
+    raise ValueError(
+        f"{_MAX_UNUSABLE_IN_A_ROW} samples in a row cannot be used (last: {raw.key!r} with members "
+        f"{sorted(raw.members)}; reasons: {dict(skipped)}): check --train-data, --image-key and --text-key."
+    )
