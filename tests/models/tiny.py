@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip.factory import get_model_config
+from open_clip.factory import add_model_config, get_model_config
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
 
@@ -49,6 +50,10 @@ def write_model_file(directory: Path, name: str = "tiny", **cfg: Any) -> Path:
     path = directory / f"{name}.json"
     path.write_text(json.dumps(model_cfg(**cfg)))
     return path
+
+
+# Our own configurations are files that open_clip reads as well.
+add_model_config(str(resources.files("configs") / "models"))
 
 
 def open_clip_model(cfg: dict[str, Any] | str, *, seed: int = 0) -> nn.Module:
