@@ -177,9 +177,9 @@ def spoken(text: str, table: dict[str, tuple[str, ...]]) -> set[str]:
 
 def test_captions_name_only_what_is_in_the_scene(scenes_and_captions: list[tuple[Scene, str]]) -> None:
     said: Counter[str] = Counter()
-    background_colours = {name: (name,) for name in BACKGROUND_COLOURS}
+    background_colours: dict[str, tuple[str, ...]] = {name: (name,) for name in BACKGROUND_COLOURS}
     for scene, text in scenes_and_captions:
-        checks = {
+        checks: dict[str, tuple[dict[str, tuple[str, ...]], set[str]]] = {
             "colour": (words.COLOUR_WORDS, {thing.colour for thing in scene.things}),
             "shape": (words.SHAPE_WORDS, {thing.shape for thing in scene.things}),
             "size": (words.SIZE_WORDS, {thing.size for thing in scene.things}),

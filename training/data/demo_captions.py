@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from training.data.demo_scenes import Scene, Thing
 
-# The first word of each list is the usual one; `_synonym` picks it about four times out of five.
+# The first word of each list is the usual one; `_synonym` picks it about two times out of three.
 COLOUR_WORDS: dict[str, tuple[str, ...]] = {
     "red": ("red", "crimson", "scarlet"),
     "orange": ("orange", "tangerine"),
@@ -100,7 +100,7 @@ def captions(scene: Scene, rng: random.Random, *, count: int) -> list[str]:
 def _alt_text(scene: Scene, rng: random.Random) -> str:
     """Keywords rather than a sentence: `Red Striped Star icon | design shop`."""
     if len(scene.things) == 1 or rng.random() < 0.25:
-        words = _noun(rng.choice(scene.things), rng, neutral=0.04)
+        words = _noun(rng.choice(scene.things), rng, neutral=0.06)
     else:
         words = rng.choice((" and ", ", ", " & ")).join(_noun(thing, rng) for thing in scene.things)
     words += f" {rng.choice(TAGS)}"
@@ -116,7 +116,7 @@ def _alt_text(scene: Scene, rng: random.Random) -> str:
 def _sentence(scene: Scene, rng: random.Random) -> str:
     """One plain statement about one thing, or about all of them."""
     if rng.random() < 0.25:
-        return _statement(_article(_noun(rng.choice(scene.things), rng, neutral=0.04)), rng)
+        return _statement(_article(_noun(rng.choice(scene.things), rng, neutral=0.06)), rng)
     return _full_sentence(scene, rng)
 
 
@@ -207,7 +207,7 @@ def _noun(thing: Thing, rng: random.Random, *, sure: float = 0.0, neutral: float
     """
     shape = _synonym(SHAPE_WORDS[thing.shape], rng)
     named = rng.random() >= neutral
-    colour = [_synonym(COLOUR_WORDS[thing.colour], rng)] if not named or rng.random() < 0.95 else []
+    colour = [_synonym(COLOUR_WORDS[thing.colour], rng)] if not named or rng.random() < 0.93 else []
     size = [_synonym(SIZE_WORDS[thing.size], rng)] if rng.random() < max(sure, 0.25) else []
     wants_texture = rng.random() < max(sure, 0.3) and (thing.texture != "solid" or rng.random() < 0.3)
     texture = [_synonym(TEXTURE_WORDS[thing.texture], rng)] if wants_texture else []
@@ -227,7 +227,7 @@ def _article(noun: str) -> str:
 
 
 def _synonym(words: Sequence[str], rng: random.Random) -> str:
-    return words[0] if rng.random() < 0.75 else rng.choice(words)
+    return words[0] if rng.random() < 0.65 else rng.choice(words)
 
 
 def _tidy(text: str) -> str:

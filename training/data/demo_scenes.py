@@ -56,10 +56,10 @@ THICKEST_OUTLINE = 0.16
 BACKGROUND_KINDS = ("plain", "gradient", "stripes", "dots", "checks", "noise", "clouds")
 
 CROWDING = {1: 1.0, 2: 0.58, 3: 0.46}
-MAX_OFFSET = 0.05
+MAX_OFFSET = 0.06
 """How far a single thing may be from the middle."""
-NUM_THINGS_WEIGHTS = (0.6, 0.27, 0.13)
-TEXTURE_WEIGHTS = (0.46, 0.18, 0.18, 0.18)
+NUM_THINGS_WEIGHTS = (0.5, 0.34, 0.16)
+TEXTURE_WEIGHTS = (0.4, 0.2, 0.2, 0.2)
 HELD_OUT_ONE_IN = 10
 MIN_CONTRAST = 45.0
 """Smallest distance in RGB between a thing and its background."""
@@ -193,7 +193,7 @@ def _sample_thing(
         x=x,
         y=y,
         radius=radius,
-        angle=rng.uniform(-12.0, 12.0),
+        angle=rng.uniform(-15.0, 15.0),
         tint=_jitter(rng, COLOURS[colour], amount=12),
     )
 
@@ -204,7 +204,7 @@ def _sample_background(rng: random.Random, *, tints: list[Rgb]) -> Background:
     ]
     colour = rng.choice(visible)
     base = BACKGROUND_COLOURS[colour]
-    change = rng.choice((-1, 1)) * rng.randint(12, 24)
+    change = rng.choice((-1, 1)) * rng.randint(16, 34)
     accent = _clip_rgb((base[0] + change, base[1] + change, base[2] + change))
     return Background(
         kind=rng.choice(BACKGROUND_KINDS),
