@@ -102,6 +102,8 @@ EVERYTHING = r"""
 --train-data a.tar::b.tar --train-data-upsampling-factors 1::0.5 --val-data v.tar --train-num-samples 10
 --val-num-samples 5 --dataset-type webdataset --dataset-resampled --csv-separator ';' --csv-img-key i
 --csv-caption-key c --image-key jpg --text-key caption --max-image-pixels 0 --shuffle-block 1 --batch-size 2
+--train-data-manifest m.yaml --json-text-key a;b --json-text-key-probs 0.25 0.75 --max-bad-samples 0.5 --data-lanes 8
+--decode reference --s3-native off --cache-shards c --cache-gib 1.5 --trace-samples
 --workers 0 --image-mean 0.1 0.2 0.3 --image-std 1e-5 --image-interpolation bilinear --image-resize-mode squash
 --aug-cfg scale=(0.4,1.0) color_jitter=0.4 use_timm=True --model 'hf-hub:some/ViT' --pretrained weights.pt
 --pretrained-image --cache-dir cache --lock-image --lock-image-unlocked-groups 1 --lock-image-freeze-bn-stats

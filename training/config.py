@@ -18,6 +18,7 @@ class DataConfig:
 
     train_data: str | None = None
     train_data_upsampling_factors: str | None = None
+    train_data_manifest: str | None = None
     val_data: str | None = None
     train_num_samples: int | None = None
     val_num_samples: int | None = None
@@ -28,10 +29,25 @@ class DataConfig:
     csv_caption_key: str = "title"
     image_key: str = "jpg;png;jpeg;webp"
     text_key: str = "txt"
+    json_text_key: str | None = None
+    """Caption field(s) of the .json member, ``;`` between several."""
+    json_text_key_probs: tuple[float, ...] | None = None
+    """How often each of them is taken; None: the first that is there."""
     max_image_pixels: int = 178_956_970
     """Larger images are skipped before they are decoded, and counted; 0 is no limit. Pillow's own bomb limit."""
-    shuffle_block: int = 512
-    """Samples of one lane that are shuffled among each other."""
+    data_lanes: int = 0
+    """Streams that the data is dealt to, whatever the number of ranks; 0 chooses, or keeps a resumed run's."""
+    shuffle_block: int = 0
+    """Samples of one lane that are shuffled among each other; 0 chooses, or keeps a resumed run's."""
+    decode: str = "fast"
+    max_bad_samples: float = 0.1
+    """Fraction of the samples read that may be unusable before the run ends; 1 never ends it."""
+    s3_native: str = "on"
+    cache_shards: str | None = None
+    """Directory for local copies of remote shards."""
+    cache_gib: float = 100.0
+    trace_samples: bool = False
+    """Write down which samples every step consumed (12 bytes each)."""
     batch_size: int = 64
     """Samples per rank and micro-step."""
     workers: int = 4

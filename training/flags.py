@@ -87,7 +87,6 @@ _NO_DISTILLATION = "there is no distillation loss. Use --pretrained or --pretrai
 _NO_COCA = "only CoCa models use it, and those are refused by name"
 _NO_LAYER_DECAY = "learning rates per layer are not supported. Use --lock-image or --lock-text with unlocked groups"
 _NO_REMOTE_SYNC = "runs are not copied elsewhere yet. Put --logs on shared storage, or copy the run directory yourself"
-_NO_JSON_CAPTIONS = "captions are not read from .json members yet. Use --text-key with a text member of the shards"
 _FIXED_TEXT = "captions have the fixed length of the model's context here, so there is no padding to choose"
 
 FLAGS: tuple[Flag, ...] = (
@@ -98,6 +97,12 @@ FLAGS: tuple[Flag, ...] = (
         "text",
         "One weight per source, joined with `::`: how often its shards are drawn. Needs --dataset-resampled.",
     ),
+    _on(
+        "train-data-manifest",
+        "text",
+        "A YAML or JSON file of many sources with weights that may follow a schedule, instead of --train-data.",
+        origin="Clipyard",
+    ),
     _on("val-data", "text", "Validation data in the same forms; evaluated on all ranks."),
     _on("train-num-samples", "integer", "Samples in an epoch; else read from sizes.json beside the shards."),
     _on("val-num-samples", "integer", "Samples of the validation data; none or 0 reads all of them."),
@@ -105,7 +110,7 @@ FLAGS: tuple[Flag, ...] = (
         "dataset-type",
         "text",
         "How data is read; auto goes by the file name's ending.",
-        choices=("webdataset", "csv", "synthetic", "auto"),
+        choices=("webdataset", "csv", "jsonl", "synthetic", "auto"),
         refused_values=MappingProxyType({"webdataset-audio": _NO_AUDIO, "synthetic-audio": _NO_AUDIO}),
     ),
     _on("dataset-resampled", "switch", "Draw shards with replacement instead of reading each once per epoch."),
@@ -114,15 +119,54 @@ FLAGS: tuple[Flag, ...] = (
     _on("csv-caption-key", "text", "Column of the captions."),
     _on("image-key", "text", "Ending of the image member in a tar, `;` between alternatives.", origin="HEAD"),
     _on("text-key", "text", "Ending of the caption member in a tar, `;` between alternatives.", origin="HEAD"),
-    _refused("json-text-key", "text", None, _NO_JSON_CAPTIONS, origin="HEAD"),
-    _refused("json-text-key-probs", "numbers", None, _NO_JSON_CAPTIONS, origin="HEAD"),
+    _on(
+        "json-text-key",
+        "text",
+        "Caption field of the .json member, instead of --text-key; `;` between several.",
+        origin="HEAD",
+    ),
+    _on("json-text-key-probs", "numbers", "How often each field of --json-text-key is taken.", origin="HEAD"),
     _on(
         "max-image-pixels",
         "integer",
         "Images with more pixels are skipped before decoding, and counted; 0 is no limit.",
         origin="HEAD",
     ),
-    _on("shuffle-block", "integer", "Samples of one data lane that are shuffled among each other.", origin="Clipyard"),
+    _on(
+        "max-bad-samples",
+        "number",
+        "Fraction of unusable samples that ends the run, the worst shards named; 1 never does.",
+        origin="Clipyard",
+    ),
+    _on(
+        "data-lanes",
+        "integer",
+        "Streams that the data is dealt to, a multiple of all later rank counts; 0 chooses.",
+        origin="Clipyard",
+    ),
+    _on(
+        "shuffle-block",
+        "integer",
+        "Samples of one data lane that are shuffled among each other; 0 chooses.",
+        origin="Clipyard",
+    ),
+    _on(
+        "decode",
+        "text",
+        "fast: libjpeg-turbo and uint8 resizing, within 45 dB of reference: Pillow's pixels as in OpenCLIP.",
+        choices=("fast", "reference"),
+        origin="Clipyard",
+    ),
+    _on(
+        "s3-native",
+        "text",
+        "on: read `pipe:aws s3 cp s3://... -` with the built-in client; off: run the command.",
+        choices=("on", "off"),
+        origin="Clipyard",
+    ),
+    _on("cache-shards", "text", "Directory that keeps local copies of remote shards.", origin="Clipyard"),
+    _on("cache-gib", "number", "Size limit of --cache-shards on each machine.", origin="Clipyard"),
+    _on("trace-samples", "switch", "Write down which samples every step consumed.", origin="Clipyard"),
     _on("batch-size", "integer", "Samples per process and micro-step."),
     _on("workers", "integer", "Loader processes per rank; 0 loads in the training process."),
     _no_effect("length-bucketing", "switch", False, _FIXED_TEXT, origin="HEAD"),

@@ -66,7 +66,7 @@ def build_train_loader(
         config=StreamConfig(
             seed=seed,
             num_lanes=num_lanes,
-            block=config.shuffle_block,
+            block=config.shuffle_block or 512,
             world_size=world_size,
             num_workers=num_workers,
             batch_size=config.batch_size,
