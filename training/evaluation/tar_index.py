@@ -10,7 +10,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from training.data.decode import UnusableSample, decode_caption
-from training.data.tar_reader import BLOCK_BYTES, TarError, read_members, split_name
+from training.data.tar_reader import TarError, read_members, split_name
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
@@ -72,18 +72,16 @@ def tar_samples(path: str) -> Iterator[tuple[str, dict[str, Member]]]:
     key: str | None = None
     members: dict[str, Member] = {}
     with open(path, "rb") as stream:
-        for name, data in read_members(stream):
-            member_key, extension = split_name(name)
-            base = os.path.basename(name)
+        for member in read_members(stream):
+            member_key, extension = split_name(member.name)
+            base = os.path.basename(member.name)
             if not extension or (base.startswith("__") and base.endswith("__")):
                 continue
             if member_key != key or extension in members:
                 if members:
                     yield str(key), members
                 key, members = member_key, {}
-            padded = -(-len(data) // BLOCK_BYTES) * BLOCK_BYTES
-            # The reader has just consumed this member's last block.
-            members[extension] = Member(stream.tell() - padded, data)
+            members[extension] = Member(member.data_offset, member.data)
     if members:
         yield str(key), members
 
