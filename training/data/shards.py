@@ -8,16 +8,29 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import braceexpand
-import fsspec
+import numpy as np
+import numpy.typing as npt
 
 PIPE_PREFIX = "pipe:"
 _GLOB_CHARACTERS = frozenset("*?[")
 _EXISTENCE_CHECKS = 1000
+_REMOTE_URL = re.compile(r"(?<!--endpoint-url )(?<!--endpoint-url=)\b(?:s3|gs|https?)://[^\s'\"|<>;]+")
+
+
+class ShardSource(NamedTuple):
+    """One ``::``-joined part of a shard pattern, or one entry of a manifest: a run of neighbours in the shard list."""
+
+    name: str
+    first: int
+    num_shards: int
 
 
 @dataclass(frozen=True)
@@ -26,12 +39,19 @@ class ShardList:
 
     urls: tuple[str, ...]
     weights: tuple[float, ...]
+    sources: tuple[ShardSource, ...] = ()
 
     @property
     def digest(self) -> str:
         """sha256 over URLs and weights: two runs with the same digest read the same stream."""
         text = json.dumps([self.urls, self.weights])
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def source_of_shard(self) -> npt.NDArray[np.int32]:
+        """[number of shards]: the index in ``sources`` that each shard belongs to."""
+        indices = np.arange(len(self.sources), dtype=np.int32)
+        return np.repeat(indices, [source.num_shards for source in self.sources])
 
 
 def expand_shards(pattern: str, *, upsampling_factors: str | None = None, flag: str = "--train-data") -> ShardList:
@@ -40,35 +60,56 @@ def expand_shards(pattern: str, *, upsampling_factors: str | None = None, flag: 
     Raises:
         ValueError: a pattern matches nothing, a local shard does not exist, or factors and sources differ in number.
     """
-    sources = [source for source in pattern.split("::") if source]
-    factors = [float(factor) for factor in (upsampling_factors or "::".join("1" * len(sources))).split("::")]
-    if len(factors) != len(sources):
-        raise ValueError(
-            f"{len(factors)} upsampling factors for {len(sources)} sources: give one factor per '::'-joined source of "
-            f"{flag} in --train-data-upsampling-factors."
-        )
+    patterns = [source for source in pattern.split("::") if source]
+    factors = _parse_factors(upsampling_factors, len(patterns), flag=flag)
     urls: list[str] = []
     weights: list[float] = []
-    for source, factor in zip(sources, factors, strict=True):
+    sources: list[ShardSource] = []
+    for source, factor in zip(patterns, factors, strict=True):
         expanded = _expand_source(source, flag=flag)
+        sources.append(ShardSource(source, len(urls), len(expanded)))
         urls += expanded
         weights += [factor] * len(expanded)
+    if not urls:
+        raise ValueError(f"{pattern!r} names no shards: correct {flag}.")
     _check_local_shards(urls, flag=flag)
-    return ShardList(tuple(urls), tuple(weights))
+    return ShardList(tuple(urls), tuple(weights), tuple(sources))
+
+
+def _parse_factors(text: str | None, num_sources: int, *, flag: str) -> list[float]:
+    if text is None:
+        return [1.0] * num_sources
+    try:
+        factors = [float(factor) for factor in text.split("::")]
+    except ValueError:
+        raise ValueError(f"--train-data-upsampling-factors {text!r} are not numbers joined by '::'.") from None
+    if len(factors) != num_sources:
+        raise ValueError(
+            f"{len(factors)} upsampling factors for {num_sources} sources: give one factor per '::'-joined source of "
+            f"{flag} in --train-data-upsampling-factors."
+        )
+    if not all(math.isfinite(factor) and factor >= 0 for factor in factors) or sum(factors) <= 0:
+        raise ValueError(f"--train-data-upsampling-factors {text!r}: give finite factors, none negative, not all 0.")
+    return factors
 
 
 def _expand_source(source: str, *, flag: str) -> list[str]:
-    urls = list(braceexpand.braceexpand(source))
-    if source.startswith(PIPE_PREFIX):
+    try:
+        urls = list(braceexpand.braceexpand(source))
+    except ValueError as error:  # an unbalanced brace
+        raise ValueError(f"Pattern {source!r} cannot be expanded ({error}): correct {flag}.") from error
+    # 200,000 shards are expanded at every start: no work per URL, and no stat on a shared file system, where the
+    # source as a whole shows that there is nothing to look up.
+    if not is_local(source) or (source.endswith(".tar") and not _GLOB_CHARACTERS.intersection(source)):
         return urls
     expanded: list[str] = []
     for url in urls:
-        if is_local(url) and _GLOB_CHARACTERS & set(url):
+        if _GLOB_CHARACTERS.intersection(url):
             matches = sorted(glob.glob(url))
             if not matches:
                 raise ValueError(f"No shard matches {url!r}: correct the path given to {flag}.")
             expanded += matches
-        elif is_local(url) and os.path.isdir(url):
+        elif os.path.isdir(url):
             matches = sorted(glob.glob(os.path.join(glob.escape(url), "*.tar")))
             if not matches:
                 raise ValueError(f"Directory {url!r} holds no .tar file: give its shards or its parent to {flag}.")
@@ -92,33 +133,71 @@ def is_local(url: str) -> bool:
     return not url.startswith(PIPE_PREFIX) and "://" not in url
 
 
+def storage_location(url: str) -> str | None:
+    """Where the shard lies: the URL itself, or the only remote URL in a ``pipe:`` command; None if that is unclear."""
+    if not url.startswith(PIPE_PREFIX):
+        return url
+    named = _REMOTE_URL.findall(url)
+    return str(named[0]) if len(named) == 1 else None
+
+
 def count_samples(shards: ShardList) -> int | None:
-    """Sum of the shards' sizes in the ``sizes.json`` (or ``__len__``) beside them; None where a count is missing."""
+    """Sum of the shards' sizes in the ``sizes.json`` (or ``__len__``) beside them; None where a count is missing.
+
+    Raises:
+        ValueError: one of these files is broken.
+    """
     by_directory: dict[str, list[str]] = {}
     for url in shards.urls:
-        if url.startswith(PIPE_PREFIX):
+        location = storage_location(url)
+        if location is None:
             return None
-        by_directory.setdefault(url.rpartition("/")[0] or ".", []).append(url)
+        directory, _, name = location.rpartition("/")
+        by_directory.setdefault(directory or ".", []).append(name)
     total = 0
-    for directory, urls in by_directory.items():
-        count = _count_in_directory(directory, urls)
+    for directory, names in by_directory.items():
+        count = _count_in_directory(directory, names)
         if count is None:
             return None
         total += count
     return total
 
 
-def _count_in_directory(directory: str, urls: Sequence[str]) -> int | None:
-    sizes_text = _read_text(f"{directory}/sizes.json")
-    if sizes_text is not None:
-        sizes = json.loads(sizes_text)
-        counts = [sizes.get(url.rpartition("/")[2]) for url in urls]
-        return None if None in counts else sum(int(count) for count in counts)
-    length_text = _read_text(f"{directory}/__len__")
-    return None if length_text is None else int(length_text)
+def _count_in_directory(directory: str, names: Sequence[str]) -> int | None:
+    sizes_url, length_url = f"{directory}/sizes.json", f"{directory}/__len__"
+    text = _read_text(sizes_url)
+    if text is not None:
+        return _sum_sizes(sizes_url, text, names)
+    text = _read_text(length_url)
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{length_url!r} holds no number ({text[:40]!r}): correct or remove it.") from None
+
+
+def _sum_sizes(url: str, text: str, names: Sequence[str]) -> int | None:
+    try:
+        sizes = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{url!r} is not JSON ({error}): correct or remove it.") from None
+    if not isinstance(sizes, dict):
+        raise ValueError(f"{url!r} is no object of shard names and sample counts: correct or remove it.")
+    try:
+        counts: list[int] = [sizes[name] for name in names]
+    except KeyError:
+        return None
+    if not all(isinstance(count, int) and count >= 0 for count in counts):
+        bad = next(name for name in names if not (isinstance(sizes[name], int) and sizes[name] >= 0))
+        raise ValueError(f"{url!r} gives {sizes[bad]!r} samples for {bad!r}: correct or remove it.")
+    return sum(counts)
 
 
 def _read_text(url: str) -> str | None:
+    """A small file beside the shards; None if there is none."""
+    import fsspec  # heavy, and loader workers import this module
+
     try:
         with fsspec.open(url, "rt") as file:
             return str(file.read())
