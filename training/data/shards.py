@@ -47,6 +47,11 @@ class ShardList:
         text = json.dumps([self.urls, self.weights])
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def part(self, source: ShardSource) -> ShardList:
+        """The shards of one source alone."""
+        places = slice(source.first, source.first + source.num_shards)
+        return ShardList(self.urls[places], self.weights[places], (ShardSource(source.name, 0, source.num_shards),))
+
     @property
     def source_of_shard(self) -> npt.NDArray[np.int32]:
         """[number of shards]: the index in ``sources`` that each shard belongs to."""
@@ -165,10 +170,10 @@ def count_samples(shards: ShardList) -> int | None:
 
 def _count_in_directory(directory: str, names: Sequence[str]) -> int | None:
     sizes_url, length_url = f"{directory}/sizes.json", f"{directory}/__len__"
-    text = _read_text(sizes_url)
+    text = read_text(sizes_url)
     if text is not None:
         return _sum_sizes(sizes_url, text, names)
-    text = _read_text(length_url)
+    text = read_text(length_url)
     if text is None:
         return None
     try:
@@ -194,7 +199,7 @@ def _sum_sizes(url: str, text: str, names: Sequence[str]) -> int | None:
     return sum(counts)
 
 
-def _read_text(url: str) -> str | None:
+def read_text(url: str) -> str | None:
     """A small file beside the shards; None if there is none."""
     import fsspec  # heavy, and loader workers import this module
 
