@@ -10,7 +10,10 @@ from PIL import Image
 from torchvision.transforms import v2 as T
 
 from models.config import PreprocessConfig
-from training.data.transforms import RandomErasing, build_eval_transform, build_train_transform
+from training.data.erasing import RandomErasing
+from training.data.fast_transform import FastTransform
+from training.data.image_file import ImageTransform
+from training.data.transforms import build_eval_transform, build_train_transform
 
 
 def _image(width: int, height: int) -> Image.Image:
@@ -28,6 +31,12 @@ def _reference(preprocess: PreprocessConfig, *, is_train: bool, **aug: object) -
         interpolation=preprocess.interpolation,
         aug_cfg=aug or None,
     )
+
+
+def _reference_transform(aug: dict[str, object]) -> ImageTransform:
+    transform = build_train_transform(PreprocessConfig(size=(32, 32)), aug, decode="reference")
+    assert not isinstance(transform, FastTransform)
+    return transform
 
 
 def _normalized(pixels: torch.Tensor, preprocess: PreprocessConfig) -> torch.Tensor:
@@ -50,7 +59,10 @@ def test_evaluation_pixels_equal_open_clips(mode: str, size: tuple[int, int], so
 @pytest.mark.parametrize("aug", [{}, {"scale": (0.4, 1.0)}, {"use_timm": True, "scale": (0.4, 1.0)}])
 def test_training_crops_equal_open_clips_for_the_same_seed(aug: dict[str, object]) -> None:
     preprocess = PreprocessConfig(size=(32, 32))
-    reference, ours = _reference(preprocess, is_train=True, **aug), build_train_transform(preprocess, aug)
+    reference, ours = (
+        _reference(preprocess, is_train=True, **aug),
+        build_train_transform(preprocess, aug, decode="reference"),
+    )
     for seed in range(5):
         random.seed(seed), torch.manual_seed(seed)
         expected = reference(_image(96, 72))
@@ -62,23 +74,20 @@ def test_training_crops_equal_open_clips_for_the_same_seed(aug: dict[str, object
 def test_grey_scale_and_jitter_happen_with_their_probabilities(use_timm: bool) -> None:
     image = _image(32, 32)
     common = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "use_timm": use_timm}
-    grey = build_train_transform(PreprocessConfig(size=(32, 32)), {**common, "gray_scale_prob": 0.3})
+    grey = _reference_transform({**common, "gray_scale_prob": 0.3})
     torch.manual_seed(0)
     outputs = [grey(image) for _ in range(400)]
     share = np.mean([bool((out[0] == out[1]).all() and (out[1] == out[2]).all()) for out in outputs])
     assert share == pytest.approx(0.3, abs=0.07)
-    jitter = build_train_transform(
-        PreprocessConfig(size=(32, 32)),
-        {**common, "color_jitter": (0.3, 0.3, 0.3, 0.1), "color_jitter_prob": 0.6},
-    )
-    plain = build_train_transform(PreprocessConfig(size=(32, 32)), common)(image)
+    jitter = _reference_transform({**common, "color_jitter": (0.3, 0.3, 0.3, 0.1), "color_jitter_prob": 0.6})
+    plain = _reference_transform(common)(image)
     share = np.mean([not torch.equal(jitter(image), plain) for _ in range(400)])
     assert share == pytest.approx(0.6, abs=0.08)
 
 
 def test_open_clips_effective_meaning_drops_what_it_drops_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     aug = {"use_timm": True, "gray_scale_prob": 1.0, "scale": (1.0, 1.0), "openclip_keys": True}
-    out = build_train_transform(PreprocessConfig(size=(32, 32)), aug)(_image(32, 32))
+    out = _reference_transform(aug)(_image(32, 32))
     assert not torch.equal(out[0], out[1])
     assert "gray_scale_prob has no effect" in caplog.text
 

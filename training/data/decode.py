@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import random
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from training.data.fast_transform import FastTransform
+from training.data.image_file import ImageTransform as ImageTransform
+from training.data.image_file import UnusableSample as UnusableSample
+from training.data.image_file import decode_image as decode_image
 from training.data.tar_reader import RawSample
 
 MAX_CAPTION_BYTES = 1 << 16
-"""Longer captions are refused: tokenizers take time quadratic in the length of a word."""
+"""Longer captions are refused: a model reads the first 77 tokens or so, the rest would only cost time."""
 
-Image.MAX_IMAGE_PIXELS = None  # the decoder's own limit is checked below, before any pixel is decoded
-
-ImageTransform = Callable[[Image.Image], Tensor]
+_VISIBLE = re.compile("[^\\s\\x00-\\x1f\\x7f-\\xa0\\xad\\u200b-\\u200f\\u202a-\\u202e\\u2060-\\u206f\\ufeff]")
+"""Anything but white space, control characters, byte order marks and marks of writing direction."""
 
 
 class Sample(NamedTuple):
@@ -30,41 +32,52 @@ class Sample(NamedTuple):
     caption: str
 
 
-class UnusableSample(Exception):
-    """A permanent fault of one sample. ``reason`` is one of a few words, so that faults can be counted."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
 class SampleDecoder:
     """Turns raw samples into samples with one transform; the randomness of each is keyed, not drawn in sequence."""
 
-    def __init__(self, *, transform: ImageTransform, image_key: str, text_key: str, max_image_pixels: int) -> None:
+    def __init__(
+        self,
+        *,
+        transform: FastTransform | ImageTransform,
+        image_key: str,
+        text_key: str,
+        max_image_pixels: int,
+        json_text_key: str | None = None,
+        json_text_key_probs: Sequence[float] | None = None,
+    ) -> None:
         self.transform = transform
         self.image_extensions = tuple(image_key.lower().split(";"))
         self.text_extensions = tuple(text_key.lower().split(";"))
         self.max_image_pixels = max_image_pixels
+        self.json_text_key = json_text_key
+        self.json_text_key_probs = json_text_key_probs
 
     def decode(self, raw: RawSample, *, seed: int) -> Sample:
-        """Decodes and augments; the same (raw, seed) always gives the same pixels.
+        """Decodes and augments; the same (raw, seed) always gives the same pixels and the same caption.
 
         Raises:
             UnusableSample: with the reason ``no_image``, ``no_caption``, ``empty_caption``, ``caption_not_utf8``,
                 ``caption_too_long``, ``image_too_large`` or ``broken_image``.
         """
-        caption = decode_caption(first_member(raw, self.text_extensions, missing="no_caption"))
-        image = decode_image(
-            first_member(raw, self.image_extensions, missing="no_image"), max_pixels=self.max_image_pixels
-        )
+        caption = self._caption(raw, seed)
+        return Sample(raw.key, self._image(raw, seed), caption)
+
+    def _caption(self, raw: RawSample, seed: int) -> str:
+        return decode_caption(first_member(raw, self.text_extensions, missing="no_caption"))
+
+    def _image(self, raw: RawSample, seed: int) -> Tensor:
+        data = first_member(raw, self.image_extensions, missing="no_image")
+        if isinstance(self.transform, FastTransform):
+            return self.transform(data, seed=seed, max_pixels=self.max_image_pixels)
+        image = decode_image(data, max_pixels=self.max_image_pixels)
+        # torchvision and timm draw from the global generators, which cost 50 us to save, seed and restore.
         with torch.random.fork_rng(devices=[]):
             state = random.getstate()
             # Not torch.manual_seed, which would also reset the GPUs' generators, where the model's dropout draws.
             torch.default_generator.manual_seed(seed)
             random.seed(seed)
             try:
-                return Sample(raw.key, self.transform(image), caption)
+                return self.transform(image)
             finally:
                 random.setstate(state)
 
@@ -85,19 +98,6 @@ def decode_caption(data: bytes) -> str:
         caption = data.decode("utf-8")
     except UnicodeDecodeError:
         raise UnusableSample("caption_not_utf8") from None
-    if not caption.strip():
+    if not _VISIBLE.search(caption):
         raise UnusableSample("empty_caption")
     return caption
-
-
-def decode_image(data: bytes, *, max_pixels: int = 0) -> Image.Image:
-    """An RGB image; its size is checked from the header before anything is decoded (0: no limit)."""
-    try:
-        image = Image.open(io.BytesIO(data))
-        if max_pixels and image.width * image.height > max_pixels:
-            raise UnusableSample("image_too_large")
-        return image.convert("RGB")
-    except UnusableSample:
-        raise
-    except Exception as error:  # Pillow's plugins raise a dozen types for damaged files, SyntaxError among them
-        raise UnusableSample("broken_image") from error
