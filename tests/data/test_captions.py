@@ -2,11 +2,23 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from typing import Any
 
 import pytest
+from torchvision.transforms.functional import pil_to_tensor
 
-from training.data.captions import MAX_JSON_BYTES, checked_caption, json_caption, listed_caption, parse_json_text_keys
+from tests.factories import jpeg_bytes
+from training.data.captions import (
+    CAPTION_LIST,
+    MAX_JSON_BYTES,
+    checked_caption,
+    json_caption,
+    listed_caption,
+    parse_json_text_keys,
+)
+from training.data.decode import SampleDecoder
 from training.data.image_file import UnusableSample
+from training.data.tar_reader import RawSample
 
 PAIR = json.dumps({"primary": "P", "secondary": "S", "width": 3}).encode()
 
@@ -109,3 +121,28 @@ def test_one_of_listed_captions_is_drawn() -> None:
 def test_fields_and_probabilities_are_checked(text_key: str, probs: list[float] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_json_text_keys(text_key, probs)
+
+
+def _decode(members: dict[str, bytes], **options: Any) -> list[str]:
+    decoder = SampleDecoder(
+        transform=pil_to_tensor, image_key="jpg", text_key="txt;caption", max_image_pixels=0, **options
+    )
+    raw = RawSample("k", {"jpg": jpeg_bytes(), **members})
+    return [decoder.decode(raw, seed=seed).caption for seed in range(40)]
+
+
+def test_the_decoder_reads_text_json_fields_and_lists() -> None:
+    assert set(_decode({"caption": b"text", "json": PAIR})) == {"text"}
+    assert set(_decode({"txt": b"text", "json": PAIR}, json_text_key="secondary")) == {"S"}
+    options = {"json_text_key": "primary;secondary", "json_text_key_probs": (0.5, 0.5)}
+    drawn = _decode({"json": PAIR}, **options)
+    assert set(drawn) == {"P", "S"}
+    assert drawn == _decode({"json": PAIR}, **options)
+    assert set(_decode({CAPTION_LIST: b'["x", "y"]'})) == {"x", "y"}
+
+
+def test_the_decoder_names_what_is_missing() -> None:
+    with pytest.raises(UnusableSample, match="^no_caption$"):
+        _decode({"json": PAIR})
+    with pytest.raises(UnusableSample, match="^no_caption$"):
+        _decode({"txt": b"text"}, json_text_key="primary")

@@ -1,20 +1,77 @@
-"""Chooses the caption of a sample among several, keyed by the sample's seed: fields of a .json member, or a list."""
+"""Reads the caption of a sample; where there are several, the choice is keyed by the sample's seed.
+
+A text member, fields of the .json member (--json-text-key), or the list that a row of a JSON Lines file carries.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from training.data.image_file import UnusableSample
 from training.data.lanes import mix
+from training.data.tar_reader import RawSample
+
+MAX_CAPTION_BYTES = 1 << 16
+"""Longer captions are refused: a model reads the first 77 tokens or so, the rest would only cost time."""
+
+_VISIBLE = re.compile("[^\\s\\x00-\\x1f\\x7f-\\xa0\\xad\\u200b-\\u200f\\u202a-\\u202e\\u2060-\\u206f\\ufeff]")
+"""Anything but white space, control characters, byte order marks and marks of writing direction."""
 
 CAPTION_LIST = "CAPTIONS"
 """The member that carries a row's several captions as a JSON list. No tar has it: extensions there are lower case."""
 
 MAX_JSON_BYTES = 1 << 20
-_MAX_CAPTION_BYTES = 1 << 16
 _FIELD_DRAW, _LIST_DRAW = 0xCA97101, 0xCA97102
+
+
+class CaptionReader:
+    """Finds and checks a raw sample's caption, as the flags --text-key, --json-text-key and its probabilities say."""
+
+    def __init__(
+        self, *, text_key: str, json_text_key: str | None, json_text_key_probs: Sequence[float] | None
+    ) -> None:
+        self.text_extensions = tuple(text_key.lower().split(";"))
+        self.json_fields: tuple[str, ...] = ()
+        self.json_probs: tuple[float, ...] | None = None
+        if json_text_key is not None:
+            self.json_fields, self.json_probs = parse_json_text_keys(json_text_key, json_text_key_probs)
+
+    def __call__(self, raw: RawSample, *, seed: int) -> str:
+        """The caption; the same (raw, seed) always gives the same.
+
+        Raises:
+            UnusableSample: with a reason of ``decode_caption`` or ``json_caption``, or ``no_caption``.
+        """
+        if CAPTION_LIST in raw.members:
+            return listed_caption(raw.members[CAPTION_LIST], seed=seed)
+        if self.json_fields:
+            data = first_member(raw, ("json",), missing="no_caption")
+            return json_caption(data, fields=self.json_fields, probs=self.json_probs, seed=seed)
+        return decode_caption(first_member(raw, self.text_extensions, missing="no_caption"))
+
+
+def first_member(raw: RawSample, extensions: Sequence[str], *, missing: str) -> bytes:
+    """The data of the first of ``extensions`` that the sample has."""
+    for extension in extensions:
+        if extension in raw.members:
+            return raw.members[extension]
+    raise UnusableSample(missing)
+
+
+def decode_caption(data: bytes) -> str:
+    """A caption as text; an empty one is unusable (every empty caption would be a negative of every other)."""
+    if len(data) > MAX_CAPTION_BYTES:
+        raise UnusableSample("caption_too_long")
+    try:
+        caption = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UnusableSample("caption_not_utf8") from None
+    if not _VISIBLE.search(caption):
+        raise UnusableSample("empty_caption")
+    return caption
 
 
 def parse_json_text_keys(text: str, probs: Sequence[float] | None) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
@@ -77,7 +134,7 @@ def checked_caption(caption: str) -> str:
         size = len(caption.encode())
     except UnicodeEncodeError:
         raise UnusableSample("caption_not_utf8") from None
-    if size > _MAX_CAPTION_BYTES:
+    if size > MAX_CAPTION_BYTES:
         raise UnusableSample("caption_too_long")
     return caption
 
@@ -97,7 +154,7 @@ def _parse_object(data: bytes) -> dict[str, Any]:
 def _texts(value: object) -> list[str]:
     """The texts in a field that are not blank; none in numbers, objects and null."""
     values = value if isinstance(value, list) else [value]
-    return [text for item in values if isinstance(item, str) and (text := item.strip())]
+    return [text for item in values if isinstance(item, str) and _VISIBLE.search(text := item.strip())]
 
 
 def _draw_field(usable: Sequence[int], probs: Sequence[float] | None, seed: int) -> int:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from training.data.captions import CaptionReader
+from training.data.captions import decode_caption as decode_caption
+from training.data.captions import first_member as first_member
 from training.data.fast_transform import FastTransform
 from training.data.image_file import ImageTransform as ImageTransform
 from training.data.image_file import UnusableSample as UnusableSample
 from training.data.image_file import decode_image as decode_image
 from training.data.tar_reader import RawSample
-
-MAX_CAPTION_BYTES = 1 << 16
-"""Longer captions are refused: a model reads the first 77 tokens or so, the rest would only cost time."""
-
-_VISIBLE = re.compile("[^\\s\\x00-\\x1f\\x7f-\\xa0\\xad\\u200b-\\u200f\\u202a-\\u202e\\u2060-\\u206f\\ufeff]")
-"""Anything but white space, control characters, byte order marks and marks of writing direction."""
 
 
 class Sample(NamedTuple):
@@ -47,23 +43,20 @@ class SampleDecoder:
     ) -> None:
         self.transform = transform
         self.image_extensions = tuple(image_key.lower().split(";"))
-        self.text_extensions = tuple(text_key.lower().split(";"))
         self.max_image_pixels = max_image_pixels
-        self.json_text_key = json_text_key
-        self.json_text_key_probs = json_text_key_probs
+        self.read_caption = CaptionReader(
+            text_key=text_key, json_text_key=json_text_key, json_text_key_probs=json_text_key_probs
+        )
 
     def decode(self, raw: RawSample, *, seed: int) -> Sample:
         """Decodes and augments; the same (raw, seed) always gives the same pixels and the same caption.
 
         Raises:
             UnusableSample: with the reason ``no_image``, ``no_caption``, ``empty_caption``, ``caption_not_utf8``,
-                ``caption_too_long``, ``image_too_large`` or ``broken_image``.
+                ``caption_too_long``, ``json_broken``, ``json_too_large``, ``image_too_large`` or ``broken_image``.
         """
-        caption = self._caption(raw, seed)
+        caption = self.read_caption(raw, seed=seed)
         return Sample(raw.key, self._image(raw, seed), caption)
-
-    def _caption(self, raw: RawSample, seed: int) -> str:
-        return decode_caption(first_member(raw, self.text_extensions, missing="no_caption"))
 
     def _image(self, raw: RawSample, seed: int) -> Tensor:
         data = first_member(raw, self.image_extensions, missing="no_image")
@@ -80,24 +73,3 @@ class SampleDecoder:
                 return self.transform(image)
             finally:
                 random.setstate(state)
-
-
-def first_member(raw: RawSample, extensions: Sequence[str], *, missing: str) -> bytes:
-    """The data of the first of ``extensions`` that the sample has."""
-    for extension in extensions:
-        if extension in raw.members:
-            return raw.members[extension]
-    raise UnusableSample(missing)
-
-
-def decode_caption(data: bytes) -> str:
-    """A caption as text; an empty one is unusable (every empty caption would be a negative of every other)."""
-    if len(data) > MAX_CAPTION_BYTES:
-        raise UnusableSample("caption_too_long")
-    try:
-        caption = data.decode("utf-8")
-    except UnicodeDecodeError:
-        raise UnusableSample("caption_not_utf8") from None
-    if not _VISIBLE.search(caption):
-        raise UnusableSample("empty_caption")
-    return caption
