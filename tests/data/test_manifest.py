@@ -117,6 +117,11 @@ def test_epochs_without_repetition_serve_only_equal_constant_weights(tmp_path: P
     assert _read(tmp_path, TWO % weight).needs_resampling is needed
 
 
+def test_equal_weights_are_equal_whatever_the_number_of_shards(tmp_path: Path) -> None:
+    text = "sources: [{name: a, shards: 'pipe:{0..2}', weight: 0.1}, {name: b, shards: 'pipe:{0..48}', weight: 0.1}]"
+    assert not _read(tmp_path, text).needs_resampling
+
+
 def test_the_digest_depends_on_schedules_and_names(tmp_path: Path) -> None:
     texts = [
         TWO % 1,

@@ -50,8 +50,8 @@ class WeightSchedule:
     """Which shard is drawn at a point of the training: a pure function, small to pickle.
 
     Args:
-        sources: the runs of shards that are drawn from; within one, all shards are equally likely.
-        schedules: for each source, how likely it is to be drawn, up to a common factor.
+        sources: the runs of shards that are drawn from.
+        schedules: for each source, how likely every single one of its shards is, up to a common factor.
     """
 
     def __init__(self, sources: Sequence[ShardSource], schedules: Sequence[Schedule]) -> None:
@@ -61,7 +61,7 @@ class WeightSchedule:
         epochs.append(epochs[-1] + 1)  # two points at least, so that there is an interval to look in
         self._epochs = np.array(epochs, dtype=np.float64)
         # [K, S]: on the points of all sources together, so that one interpolation serves them all
-        self._weights = np.stack([_interpolate(points, self._epochs) for points in schedules], axis=1)
+        self._weights = np.stack([_interpolate(points, self._epochs) for points in schedules], axis=1) * self._counts
         self.is_constant = bool((self._weights == self._weights[0]).all())
         self._latest: tuple[int, npt.NDArray[np.float64]] | None = None
 
@@ -149,14 +149,16 @@ def read_manifest(path: str) -> Manifest:
         for entry, first, shards in zip(entries, firsts, lists, strict=True)
     )
     weights = [_parse_schedule(entry, path) for entry in entries]
-    schedules = _source_schedules(sources, weights, counts, meaning=meaning, path=path)
+    schedules = [
+        _per_shard(points, count, source, meaning=meaning, path=path)
+        for points, count, source in zip(weights, counts, sources, strict=True)
+    ]
     _check_sums(schedules, path)
     schedule = WeightSchedule(sources, schedules)
-    per_shard = [points[0][1] / source.num_shards for points, source in zip(schedules, sources, strict=True)]
     shards = ShardList(
         urls=tuple(itertools.chain.from_iterable(shards.urls for shards in lists)),
         weights=tuple(
-            weight for weight, source in zip(per_shard, sources, strict=True) for _ in range(source.num_shards)
+            points[0][1] for points, source in zip(schedules, sources, strict=True) for _ in range(source.num_shards)
         ),
         sources=sources,
     )
@@ -260,30 +262,17 @@ def _number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _source_schedules(
-    sources: Sequence[ShardSource],
-    weights: Sequence[Schedule],
-    counts: Sequence[int | None],
-    *,
-    meaning: str,
-    path: str,
-) -> list[Schedule]:
-    """How likely each source is to be drawn, up to a common factor.
-
-    A draw is a shard, so a source whose shards are large must be drawn less often for its share of the samples.
-    """
-    schedules: list[Schedule] = []
-    for source, points, count in zip(sources, weights, counts, strict=True):
-        factor = float(source.num_shards)
-        if meaning == SHARE:
-            if count is None:
-                raise ValueError(
-                    f"Manifest {path!r}, source {source.name!r}: 'weights: share' needs its number of samples, and "
-                    "there is no complete sizes.json beside its shards: give 'num_samples'."
-                )
-            factor = source.num_shards / max(count, 1)
-        schedules.append(tuple((epoch, weight * factor) for epoch, weight in points))
-    return schedules
+def _per_shard(points: Schedule, count: int | None, source: ShardSource, *, meaning: str, path: str) -> Schedule:
+    """How likely each of the source's shards is, up to a factor common to all sources."""
+    if meaning == PER_SHARD:
+        return points
+    if not count:
+        raise ValueError(
+            f"Manifest {path!r}, source {source.name!r}: 'weights: share' needs its number of samples, and there is no "
+            "complete sizes.json beside its shards: give 'num_samples'."
+        )
+    # A draw gives a whole shard, count / num_shards samples, and the source has num_shards chances.
+    return tuple((epoch, weight / count) for epoch, weight in points)
 
 
 def _check_sums(schedules: Sequence[Schedule], path: str) -> None:
