@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from typing import NamedTuple, cast
@@ -21,39 +21,44 @@ COMMANDS: dict[str, Command] = {
     "train": Command("training.main", "train a model; the same as python -m training.main"),
     "make-demo-data": Command("training.commands.make_demo_data", "write the demo shards and evaluation sets"),
     "demo-result": Command("training.commands.demo_result", "print what a demo run has learned"),
+    "data": Command("training.commands.data", "look at, index, time and trace training data"),
     "models": Command("training.commands.models", "list model names with parameters and cost"),
 }
 
 
-def find_command(name: str) -> Command:
+def find_command(name: str, commands: Mapping[str, Command] = COMMANDS) -> Command:
     """The table's row for ``name``; unknown names are answered with the nearest one."""
-    if name in COMMANDS:
-        return COMMANDS[name]
-    near = get_close_matches(name, COMMANDS, n=1)
+    if name in commands:
+        return commands[name]
+    near = get_close_matches(name, commands, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise ValueError(f"unknown command {name!r}: {hint}Commands: {', '.join(COMMANDS)}")
+    raise ValueError(f"unknown command {name!r}: {hint}Commands: {', '.join(commands)}")
 
 
-def usage() -> str:
+def usage(program: str, commands: Mapping[str, Command]) -> str:
     """The help text: one line per command."""
-    width = max(map(len, COMMANDS))
-    rows = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
-    return f"usage: clipyard COMMAND [ARGS]\n\n{rows}\n\nclipyard COMMAND --help tells what it takes.\n"
+    width = max(map(len, commands))
+    rows = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in commands.items())
+    return f"usage: {program} COMMAND [ARGS]\n\n{rows}\n\n{program} COMMAND --help tells what it takes.\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def dispatch(program: str, commands: Mapping[str, Command], arguments: Sequence[str]) -> int:
     """Run one command; the exit code is the command's own, 2 for a line that names none."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(usage())
+        sys.stdout.write(usage(program, commands))
         return 0 if arguments else 2
     try:
-        command = find_command(arguments[0])
+        command = find_command(arguments[0], commands)
     except ValueError as error:
-        sys.stderr.write(f"clipyard: {error}\n")
+        sys.stderr.write(f"{program}: {error}\n")
         return 2
     run = cast("Callable[[Sequence[str]], int | None]", import_module(command.module).main)
     return run(arguments[1:]) or 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command of the console script."""
+    return dispatch("clipyard", COMMANDS, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":
