@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import pickle
+import random
+import subprocess
+import sys
+from typing import Any
 
 import open_clip
 import pytest
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 
 import models.hf_text_tower
 import models.tokenizer
@@ -45,14 +50,33 @@ def test_a_pickle_holds_the_configuration_only() -> None:
     assert torch.equal(pickle.loads(data)(CAPTIONS), tokenizer(CAPTIONS))
 
 
-def test_the_word_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_word_cache_of_open_clips_tokenizer_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.tokenizer, "_MAX_CACHED_WORDS", 20)
-    tokenizer = build_tokenizer(tiny_config())
+    options = {"tokenizer_kwargs": {"reduction_mask": "simple"}}
+    tokenizer = build_tokenizer(tiny_config(text=options))
     words = [f"x{chr(97 + index)}q{chr(97 + index // 2)}" for index in range(26)]
     expected = [tokenizer([word]) for word in words]
     assert len(tokenizer._encode.cache) <= 21
     assert all(torch.equal(tokenizer([word]), ids) for word, ids in zip(words, expected, strict=True))
     assert torch.equal(tokenizer(["<end_of_text>"])[0, 1:3], torch.tensor([49407, 49407]))
+
+
+@pytest.mark.parametrize("options", [{"reduction_mask": "simple"}, {"additional_special_tokens": ["<mask>"]}])
+def test_options_beyond_cleaning_get_open_clips_tokenizer(options: dict[str, Any]) -> None:
+    tokenizer = build_tokenizer(tiny_config(text={"tokenizer_kwargs": options}))
+    random.seed(0)
+    ids = tokenizer(["one <mask> two", "word " * 40])
+    random.seed(0)
+    assert torch.equal(ids, SimpleTokenizer(context_length=12, **options)(["one <mask> two", "word " * 40]))
+
+
+def test_clips_tokenizer_does_without_open_clips_imports() -> None:
+    program = (
+        "import sys; from models.config import load_model_config; from models.tokenizer import build_tokenizer;"
+        "build_tokenizer(load_model_config('ViT-B-32'))(['a cat']);"
+        "heavy = {'open_clip', 'timm', 'torchvision', 'transformers'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "roberta-ViT-B-32"])
