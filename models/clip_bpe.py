@@ -2,8 +2,8 @@
 
     text -> clean (ftfy, HTML entities, white space, case) -> chunks between white space -> words -> byte pairs -> ids
 
-Chunks and words are looked up in bounded caches, so ordinary captions rarely reach the merging of byte pairs. Long words
-are merged by a heap: one of 64 KiB takes a fraction of a second instead of minutes.
+Chunks and words are looked up in bounded caches, so ordinary captions rarely reach the merging of byte pairs. Long
+words are merged by a heap: one of 64 KiB takes a fraction of a second instead of minutes.
 """
 
 from __future__ import annotations
