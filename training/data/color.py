@@ -15,6 +15,7 @@ import numpy as np
 Planes = np.ndarray[Any, np.dtype[np.float32]]
 Range = tuple[float, float]
 
+_SIGN_BIT = np.int32(-(2**31))
 _LUMA = np.array([19595, 38470, 7471], dtype=np.float32)  # ITU-R 601, in 1/65536; sums stay below 2^24, so exact
 
 
@@ -74,7 +75,7 @@ def adjust_brightness(planes: Planes, factor: float) -> None:
 
 def adjust_contrast(planes: Planes, factor: float) -> None:
     """Blends with the mean grey level of the image."""
-    mean = np.float32(int(float(luma(planes).mean(dtype=np.float64)) + 0.5))
+    mean = np.float32(int(float(luma(planes).mean()) + 0.5))
     planes -= mean
     planes *= np.float32(factor)
     planes += mean
@@ -93,35 +94,53 @@ def adjust_saturation(planes: Planes, factor: float) -> None:
 def adjust_hue(planes: Planes, factor: float) -> None:
     """Turns the hue by ``factor`` of the whole circle; hue and saturation pass through 8 bits, as in Pillow."""
     red, green, blue = planes
-    value = np.maximum(np.maximum(red, green), blue)
-    chroma = value - np.minimum(np.minimum(red, green), blue)
-    saturation = np.floor(chroma * 255 / np.maximum(value, 1))
-    hue = _hue(planes, value, chroma)
+    value = np.maximum(red, green)
+    np.maximum(value, blue, out=value)
+    minimum = np.minimum(red, green)
+    np.minimum(minimum, blue, out=minimum)
+    chroma = value - minimum
+    hue = _hue(planes, minimum, chroma)
     hue += np.float32(int(factor * 255) % 256)
     hue -= 256 * np.floor(hue * (1 / 256))
     hue *= 6 / 255  # sixths of the circle: red 0, green 2, blue 4
-    saturation *= value
-    saturation *= 1 / 255
-    for plane, centre in zip(planes, (3.0, 2.0, 4.0), strict=True):
+    chroma *= 255
+    chroma /= np.maximum(value, 1)
+    np.floor(chroma, out=chroma)  # the 8-bit saturation
+    chroma *= value
+    chroma *= 1 / 255
+    value += 0.5  # floor then rounds
+    for plane, centre in zip(planes, (3, 2, 4), strict=True):
         # How far the plane is below the value: 0 where its colour dominates, 1 on the other side of the circle.
-        distance = np.abs(hue - np.float32(centre))
-        below = np.float32(2) - distance if centre == 3.0 else distance - np.float32(1)
-        np.clip(below, 0, 1, out=below)
-        below *= saturation
-        np.floor(value - below + np.float32(0.5), out=plane)
+        np.subtract(hue, centre, out=plane)
+        np.abs(plane, out=plane)
+        if centre == 3:  # cyan, the opposite of red
+            np.subtract(2, plane, out=plane)
+        else:
+            plane -= 1
+        np.clip(plane, 0, 1, out=plane)
+        plane *= chroma
+        np.subtract(value, plane, out=plane)
+        np.floor(plane, out=plane)
 
 
-def _hue(planes: Planes, value: Planes, chroma: Planes) -> Planes:
+def _hue(planes: Planes, minimum: Planes, chroma: Planes) -> Planes:
     """Pillow's 8-bit hue, 255 for the whole circle, without a branch per sextant.
 
     With green at least blue, the three sextants from red over yellow and green to cyan have one formula:
-    (green + blue - red + max - 2 min) / chroma, in [0, 3]; with green below blue it is mirrored.
+    (green + blue - red + chroma - minimum) / chroma, in [0, 3]; with green below blue it is mirrored.
     """
     red, green, blue = planes
-    minimum = value - chroma
-    sextants: Planes = green + blue - red + value - 2 * minimum
+    sextants: Planes = green + blue
+    sextants -= red
+    sextants += chroma
+    sextants -= minimum
     sextants /= np.maximum(chroma, 1)
-    sextants = np.float32(3) - np.copysign(np.float32(3) - sextants, green - blue)
+    np.subtract(3, sextants, out=sextants)
+    sign = (green - blue).view(np.int32)
+    sign &= _SIGN_BIT
+    bits = sextants.view(np.int32)
+    bits ^= sign  # numpy's copysign takes five times as long
+    np.subtract(3, sextants, out=sextants)
     sextants *= 255 / 6
     np.floor(sextants, out=sextants)
     return sextants
