@@ -96,13 +96,14 @@ XXLARGE_REWOUND = (
     .replace("--lr 1e-3", "--lr 2e-3")
 )
 CSV = r"--train-data a.csv --csv-separator ',' --csv-img-key path --csv-caption-key caption --val-data b.csv"
+MANIFEST = "--train-data-manifest sources.yaml --dataset-resampled --train-num-samples 100"
 TIMM = "--train-data a.tar --opt timm/lamb --lr 1e-3 --momentum 0.9 --force-image-size 224 192 --image-mean 0.5 0.5 0.5"
 # Every setting away from its default; a new flag must be added here, and so is written and read back by the tests.
 EVERYTHING = r"""
 --train-data a.tar::b.tar --train-data-upsampling-factors 1::0.5 --val-data v.tar --train-num-samples 10
 --val-num-samples 5 --dataset-type webdataset --dataset-resampled --csv-separator ';' --csv-img-key i
 --csv-caption-key c --image-key jpg --text-key caption --max-image-pixels 0 --shuffle-block 1 --batch-size 2
---train-data-manifest m.yaml --json-text-key a;b --json-text-key-probs 0.25 0.75 --max-bad-samples 0.5 --data-lanes 8
+--json-text-key 'a;b' --json-text-key-probs 0.25 0.75 --max-bad-samples 0.5 --data-lanes 8
 --decode reference --s3-native off --cache-shards c --cache-gib 1.5 --trace-samples
 --workers 0 --image-mean 0.1 0.2 0.3 --image-std 1e-5 --image-interpolation bilinear --image-resize-mode squash
 --aug-cfg scale=(0.4,1.0) color_jitter=0.4 use_timm=True --model 'hf-hub:some/ViT' --pretrained weights.pt
@@ -340,13 +341,14 @@ def test_an_ordinary_command_line_warns_about_nothing():
 def test_every_setting_survives_being_written_as_flags_and_as_yaml(tmp_path):
     config = parse(words(EVERYTHING)).config
     default = config_values(Config())
-    assert [name for name, value in config_values(config).items() if value == default[name]] == []
+    # A manifest stands in the place of --train-data.
+    assert [name for name, value in config_values(config).items() if value == default[name]] == ["train_data_manifest"]
     assert parse(to_flags(config)).config == config
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "config.yaml") == config
 
 
-@pytest.mark.parametrize("line", [JURECA, XXLARGE, CSV, TIMM], ids=lambda line: line.split()[-1])
+@pytest.mark.parametrize("line", [JURECA, XXLARGE, CSV, TIMM, MANIFEST], ids=lambda line: line.split()[-1])
 def test_a_configuration_written_as_yaml_or_flags_reads_back_the_same(line, tmp_path):
     config = parse(words(line)).config
     (tmp_path / "config.yaml").write_text(to_yaml(config))

@@ -92,7 +92,7 @@ def test_a_step_in_every_precision_has_fp32_features_and_lowers_the_loss(name, a
     batch = tiny_batch(16)
     batch = batch._replace(images=batch.images.to(precision.input_dtype))
     with precision.autocast():
-        output = model(*batch)
+        output = model(batch.images, batch.texts)
     assert output.image_features.dtype == output.text_features.dtype == torch.float32
     step = TrainStep(
         model=model,

@@ -68,7 +68,7 @@ def test_micro_batches_give_the_gradients_of_the_big_batch(siglip, accum_freq):
 
 def one_graph_over_all_micro_batches(model: TinyClip, batch: DeviceBatch, pieces: int) -> Tensor:
     """What accumulation must equal where it cannot equal the big batch: dropout and BatchNorm see micro-batches."""
-    outputs = [model(*piece) for piece in split(batch, pieces)]
+    outputs = [model(piece.images, piece.texts) for piece in split(batch, pieces)]
     features = [torch.cat([output[index] for output in outputs]) for index in (0, 1)]
     loss = build_loss(LossConfig())(*features, *outputs[0][2:])
     loss.backward()
@@ -95,7 +95,7 @@ def test_random_numbers_after_an_accumulated_step_are_those_of_one_forward_pass_
     batch, model = tiny_batch(GLOBAL_BATCH), tiny_clip(dropout=0.3)
     torch.manual_seed(5)
     for piece in split(batch, 2):
-        model(*piece)
+        model(piece.images, piece.texts)
     expected = torch.rand(3)
     torch.manual_seed(5)
     run_step(model, batch, accum_freq=2)

@@ -68,6 +68,11 @@ def test_every_number_has_a_range(field_name):
         ("--force-image-size 0", "--force-image-size 0 must be one positive size"),
         ("--report-to tensorbord", r"--report-to tensorbord reports nowhere \(nearest: tensorboard\)"),
         ("--report-to trackio,tensorboard", "is refused: trackio is not supported. Use tensorboard or wandb"),
+        ("--train-data-manifest m.yaml", "and --train-data a.tar both say what to train on"),
+        ("--json-text-key-probs 1", "--json-text-key-probs 1.0 weighs the fields of --json-text-key"),
+        ("--json-text-key a --json-text-key-probs 1 1", "has more numbers than --json-text-key a has fields"),
+        ("--json-text-key a --json-text-key-probs 0", "must be numbers of at least 0, not all 0"),
+        ("--max-bad-samples 1.5", "--max-bad-samples 1.5 must be at least 0 and at most 1"),
         ("--loss-dist-impl ring", "--loss-dist-impl 'ring' is not one of bidir, shift, reduce, gather"),
     ],
 )
@@ -184,7 +189,7 @@ def test_logs_are_disabled_by_none_in_any_case_and_by_nothing():
         ("--momentum 0.9", ["--momentum 0.9 has no effect: --opt adamw has no such setting."]),
         (
             "--dataset-type webdataset --csv-img-key x",
-            ["--csv-img-key x has no effect: --dataset-type webdataset reads no CSV file."],
+            ["--csv-img-key x has no effect: --dataset-type webdataset reads no table."],
         ),
         (
             "--dataset-type csv --dataset-resampled",

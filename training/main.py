@@ -27,9 +27,13 @@ from training.checkpoint.run_state import RunParts, read_weights, restore
 from training.checkpoint.saver import Saver
 from training.cli import Parsed, config_values, parse_or_exit
 from training.config import Config, ModelConfig
+from training.data.accounting import BadSampleBudget, DataBudgetExceeded
 from training.data.batch import to_device
-from training.data.build import build_train_loader
+from training.data.build import build_train_loader, has_train_data
+from training.data.meter import DataMeter
+from training.data.prefetch import load_to_device, pin
 from training.data.storage import StorageError
+from training.distributed.collectives import all_reduce_sum, gather_objects
 from training.distributed.failure import fail_together
 from training.distributed.parallelize import parallelize
 from training.distributed.runtime import Runtime, close_runtime, start_runtime
@@ -42,7 +46,15 @@ from training.observability.sinks import evaluated_epochs
 from training.optim.optimizer import build_optimizer
 from training.optim.schedule import build_schedule
 from training.precision import Precision, build_precision, cast_parameters
-from training.run import Run, agreed_resume_path, build_reporter, open_run, record_settings
+from training.run import (
+    Run,
+    agreed_resume_path,
+    build_reporter,
+    open_run,
+    open_trace,
+    record_data,
+    record_settings,
+)
 from training.state import TrainState
 from training.train import TrainPlan, train
 from training.train_step import TrainStep
@@ -93,7 +105,7 @@ def _build(run: Run) -> Callable[[], None]:
         world_size=runtime.world_size,
         device=runtime.device,
     )
-    if config.data.train_data is None and config.data.dataset_type != "synthetic":
+    if not has_train_data(config.data):
         return _build_evaluation_only(run, built, evaluators=evaluators, precision=precision)
     return _build_training(run, built, evaluators=evaluators, precision=precision)
 
@@ -151,7 +163,7 @@ def _build_training(
         world_size=runtime.world_size,
         accum_freq=config.engine.accum_freq,
         seed=config.engine.seed,
-        pin_memory=runtime.device.type == "cuda",
+        pin=pin if runtime.device.type == "cuda" else None,
     )
     loader.check_first_sample()
     plan = TrainPlan(
@@ -169,6 +181,7 @@ def _build_training(
     parts = RunParts(built.model, optimizer, precision.grad_scaler(), loader, TrainState())
     _resume(run, parts, plan=plan)
     record_settings(run, built.model, plan)
+    record_data(run, loader, first_step=parts.state.step)
     return partial(
         _train_and_close,
         run,
@@ -182,15 +195,28 @@ def _build_training(
             scaler=parts.scaler,
             precision=precision,
             grad_clip_norm=config.optim.grad_clip_norm,
+            num_sources=len(loader.source.source_names),
         ),
         schedule=build_schedule(config.schedule, lr=_base_lr(optimizer), steps_per_epoch=plan.steps_per_epoch),
-        to_device=partial(
-            to_device,
-            mean=built.preprocess.mean,
-            std=built.preprocess.std,
+        load=partial(
+            load_to_device,
+            to_device=partial(
+                to_device,
+                mean=built.preprocess.mean,
+                std=built.preprocess.std,
+                device=runtime.device,
+                dtype=precision.input_dtype,
+            ),
             device=runtime.device,
-            dtype=precision.input_dtype,
         ),
+        meter=DataMeter(
+            loader,
+            rank=runtime.rank,
+            budget=BadSampleBudget(config.data.max_bad_samples),
+            sum_over_ranks=all_reduce_sum,
+            gather=gather_objects,
+        ),
+        trace=open_trace(run, first_step=parts.state.step),
         evaluate=partial(_evaluate_epoch, run, built, evaluators, precision),
         saver=None
         if run.paths is None
@@ -215,6 +241,9 @@ def _train_and_close(run: Run, reporter: Reporter | None, **parts: Any) -> None:
             runtime=run.runtime,
             **parts,
         )
+    except DataBudgetExceeded as error:
+        logger.error("%s", error)
+        raise
     finally:
         if reporter is not None:
             reporter.close()

@@ -30,6 +30,9 @@ _DATE_FORMAT = "%Y_%m_%d-%H_%M_%S"
 _DATE_PATTERN = r"\d{4}_\d{2}_\d{2}-\d{2}_\d{2}_\d{2}"
 
 
+STARTS_FILE = "starts.jsonl"
+
+
 @dataclass(frozen=True)
 class RunPaths:
     """Where a run writes."""
@@ -43,6 +46,8 @@ class RunPaths:
     code: Path
     metrics_jsonl: Path
     results_jsonl: Path
+    trace: Path
+    starts_jsonl: Path
 
 
 def default_name(config: Config, *, date: datetime) -> str:
@@ -82,6 +87,8 @@ def run_paths(config: Config, *, name: str, rank: int = 0) -> RunPaths | None:
         metrics_jsonl=root / "metrics.jsonl",
         # OpenCLIP's place for it.
         results_jsonl=checkpoints / "results.jsonl",
+        trace=root / "trace",
+        starts_jsonl=root / STARTS_FILE,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from dataclasses import dataclass, replace
@@ -12,6 +13,8 @@ from models.clip import Clip
 from training.checkpoint.run_state import find_resume_path
 from training.cli import Parsed, config_values, to_yaml
 from training.config import Config
+from training.data.loader import TrainLoader
+from training.data.trace import SampleTrace, truncate_other_ranks
 from training.distributed.runtime import Runtime
 from training.distributed.start_up import on_first_rank
 from training.losses.build import describe_loss
@@ -134,6 +137,38 @@ def record_settings(run: Run, model: Clip, plan: TrainPlan) -> None:
     run.paths.config_yaml.write_text(to_yaml(replace(config, logging=replace(config.logging, name=run.name))))
     if config.logging.copy_codebase:
         _copy_code(run.paths.code)
+
+
+def record_data(run: Run, loader: TrainLoader, *, first_step: int) -> None:
+    """Says in the log how the data are dealt, and writes down what the samples of the next steps depend on."""
+    deal, lanes = loader.deal, len(loader.lanes)
+    logger.info(
+        "Data: %d samples an epoch in %d slots; %d lanes, %d of them on this rank, shuffled in blocks of %d.",
+        *(loader.num_samples, loader.source.slots_per_epoch, deal.num_lanes, lanes, deal.block),
+    )
+    if loader.num_workers > lanes:
+        idle = loader.num_workers - lanes
+        logger.warning("%d of %d workers have no lane: lower --workers, or raise --data-lanes.", idle, loader.num_workers)
+    if run.runtime.is_main and run.paths is not None:
+        start = {
+            "step": first_step,
+            "world_size": run.runtime.world_size,
+            "batch_size": loader.batch_size,
+            "accum_freq": run.config.engine.accum_freq,
+            "data_lanes": deal.num_lanes,
+            "shuffle_block": deal.block,
+        }
+        with run.paths.starts_jsonl.open("a") as file:
+            file.write(json.dumps(start) + "\n")
+
+
+def open_trace(run: Run, *, first_step: int) -> SampleTrace | None:
+    """Where this rank writes down its samples, with ``--trace-samples``."""
+    if not run.config.data.trace_samples or run.paths is None:
+        return None
+    if run.runtime.is_main:
+        truncate_other_ranks(run.paths.trace, world_size=run.runtime.world_size, first_step=first_step)
+    return SampleTrace(run.paths.trace, rank=run.runtime.rank, first_step=first_step)
 
 
 def _copy_code(destination: Path) -> None:

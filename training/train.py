@@ -1,6 +1,6 @@
 """The training loop: batch, learning rate, step, log, save, evaluate.
 
-batches -> micro-batches of one step -> TrainStep -> StepMetrics -> Reporter
+batches on the device -> micro-batches of one step -> TrainStep -> StepMetrics -> Reporter
                                              \\-> at the end of an epoch: Saver, then evaluation
 """
 
@@ -15,11 +15,14 @@ import torch
 from training.checkpoint.run_state import RunParts
 from training.checkpoint.saver import Saver
 from training.data.batch import Batch, DeviceBatch
+from training.data.meter import DataMeter
+from training.data.trace import SampleTrace
 from training.distributed.collectives import all_reduce_sum
 from training.distributed.runtime import Runtime
 from training.distributed.start_up import on_first_rank
 from training.observability.metrics import StepClock
 from training.observability.reporter import Reporter
+from training.state import TrainState
 from training.train_step import StepMetrics, TrainStep
 
 
@@ -46,6 +49,13 @@ class TrainPlan:
         place = step % self.steps_per_epoch
         return place % self.log_every_n_steps == 0 or place == self.steps_per_epoch - 1
 
+    def steps_ahead(self, state: TrainState) -> int:
+        """How far the place in the schedule is ahead of the steps taken; 0 unless the global batch has changed.
+
+        Schedule and epochs follow the samples seen: on other ranks a run goes on with the learning rate it had.
+        """
+        return round(state.samples_seen / self.samples_per_step) - state.step
+
     def logs_metrics(self, step: int) -> bool:
         """Whether step ``step`` (from 0) is measured, which costs a device synchronisation and a small all-reduce."""
         return self.logs_line(step) or step % self.steps_per_epoch % self.log_metric_every_n_steps == 0
@@ -57,7 +67,9 @@ def train(
     parts: RunParts,
     train_step: TrainStep,
     schedule: Callable[[int], float],
-    to_device: Callable[[Batch], DeviceBatch],
+    load: Callable[[Iterator[Batch]], Iterator[DeviceBatch]],
+    meter: DataMeter,
+    trace: SampleTrace | None,
     evaluate: Callable[[int], Mapping[str, float]],
     evaluated: Callable[[], set[int]],
     saver: Saver | None,
@@ -67,38 +79,49 @@ def train(
     """Trains from ``parts.state.step`` to the end of the plan. Collective: all ranks, in step.
 
     Args:
+        load: brings the loader's batches to the device.
+        trace: where the samples of every step are written down; None with no need to.
         evaluate: epoch -> metrics; empty when nothing is due. Called on all ranks.
         evaluated: epochs whose evaluation is already on record (asked once, on rank 0).
         saver: None when nothing is to be saved.
         reporter: only on rank 0.
     """
     state = parts.state
-    _catch_up_evaluation(plan, state.step, evaluate=evaluate, evaluated=evaluated, reporter=reporter, runtime=runtime)
-    batches = iter(parts.loader)
+    ahead = plan.steps_ahead(state)
+    _catch_up_evaluation(
+        plan, state.step, ahead=ahead, evaluate=evaluate, evaluated=evaluated, reporter=reporter, runtime=runtime
+    )
+    batches = load(iter(parts.loader))
     clock = StepClock()
-    while state.step < plan.total_steps:
-        step = state.step
+    while state.step + ahead < plan.total_steps:
+        step, place = state.step, state.step + ahead  # updates made, and where in the schedule this one stands
         micro_batches, waited_s = _next_micro_batches(batches, plan.accum_freq)
-        lr = schedule(step)
-        metrics = train_step([to_device(batch) for batch in micro_batches], lr=lr)
+        lr = schedule(place)
+        metrics = train_step(micro_batches, lr=lr)
         # The batches have become part of the weights: a checkpoint from here on continues after them.
         for batch in micro_batches:
-            parts.loader.commit(batch)
+            assert batch.record is not None
+            parts.loader.commit(batch.record)
+            if trace is not None:
+                trace.append(step, batch.record.samples)
         state.step += 1
         state.samples_seen += plan.samples_per_step
         clock.add_step(data_wait_s=waited_s)
 
-        if plan.logs_metrics(step):
+        if plan.logs_metrics(place):
             numbers = _read_metrics(metrics, world_size=runtime.world_size)  # host sync; collective: all ranks
             numbers |= clock.read(samples_per_step=plan.samples_per_step, world_size=runtime.world_size)
-            numbers |= {"lr": lr, "epoch": step / plan.steps_per_epoch, "samples_seen": state.samples_seen}
-            numbers["skipped_samples"] = sum(parts.loader.skipped.values())
+            numbers |= {"lr": lr, "epoch": place / plan.steps_per_epoch, "samples_seen": state.samples_seen}
+            numbers |= _read_source_losses(metrics, names=parts.loader.source.source_names)  # collective: all ranks
+            # collective: all ranks
+            numbers |= meter.measure(wait_s=clock.data_wait_s, elapsed_s=clock.elapsed_s, device=runtime.device)
             if reporter is not None:
-                reporter.step(step, numbers, samples_per_step=plan.samples_per_step, log_line=plan.logs_line(step))
+                log_line = plan.logs_line(place)
+                reporter.step(step, numbers, place=place, samples_per_step=plan.samples_per_step, log_line=log_line)
             clock.reset()
 
-        epoch, place = divmod(state.step, plan.steps_per_epoch)
-        if place == 0:
+        epoch, place_in_epoch = divmod(place + 1, plan.steps_per_epoch)
+        if place_in_epoch == 0:
             # Saved before it is evaluated: an evaluation can be repeated, the steps cannot.
             if saver is not None:
                 saver.save_epoch(epoch)
@@ -109,7 +132,7 @@ def train(
             clock.reset()
 
 
-def _next_micro_batches(batches: Iterator[Batch], count: int) -> tuple[list[Batch], float]:
+def _next_micro_batches(batches: Iterator[DeviceBatch], count: int) -> tuple[list[DeviceBatch], float]:
     """The micro-batches of one step, and the seconds spent waiting for them."""
     start = time.perf_counter()
     micro_batches = [next(batches) for _ in range(count)]
@@ -118,7 +141,7 @@ def _next_micro_batches(batches: Iterator[Batch], count: int) -> tuple[list[Batc
 
 def _read_metrics(metrics: StepMetrics, *, world_size: int) -> dict[str, float]:
     """Means over ranks of what a step computed, in Python numbers. Collective: all ranks."""
-    names = [name for name, value in metrics._asdict().items() if value is not None]
+    names = [name for name, value in metrics._asdict().items() if value is not None and value.ndim == 0]
     values = torch.stack([getattr(metrics, name).detach().float() for name in names])
     means: Sequence[float] = (all_reduce_sum(values) / world_size).tolist()  # host sync
     numbers = dict(zip(names, means, strict=True))
@@ -126,17 +149,26 @@ def _read_metrics(metrics: StepMetrics, *, world_size: int) -> dict[str, float]:
     return numbers | {"scale": numbers["logit_scale"], "contrastive_loss": numbers["loss"]}
 
 
+def _read_source_losses(metrics: StepMetrics, *, names: Sequence[str]) -> dict[str, float]:
+    """The loss by source of data, where there are several. Collective: all ranks."""
+    if metrics.source_losses is None:
+        return {}
+    sums = all_reduce_sum(metrics.source_losses.float()).tolist()  # host sync
+    return {f"data/source_loss/{name}": total / rows for name, (total, rows) in zip(names, sums, strict=True) if rows}
+
+
 def _catch_up_evaluation(
     plan: TrainPlan,
     step: int,
     *,
+    ahead: int,
     evaluate: Callable[[int], Mapping[str, float]],
     evaluated: Callable[[], set[int]],
     reporter: Reporter | None,
     runtime: Runtime,
 ) -> None:
     """A run that was killed between saving an epoch and evaluating it does the latter now."""
-    epoch, place = divmod(step, plan.steps_per_epoch)
+    epoch, place = divmod(step + ahead, plan.steps_per_epoch)
     known = on_first_rank(evaluated, rank=runtime.rank)  # collective: all ranks
     if place == 0 and epoch not in known:
         _evaluate(epoch, step, evaluate=evaluate, reporter=reporter)

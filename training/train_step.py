@@ -33,6 +33,7 @@ from models.clip import ClipOutput
 from training.data.batch import DeviceBatch
 from training.distributed.parallelize import unwrap
 from training.losses import Loss
+from training.losses.by_group import losses_by_group
 from training.precision import Precision
 
 MAX_LOG_LOGIT_SCALE = math.log(100)
@@ -49,6 +50,9 @@ class StepMetrics(NamedTuple):
     grad_norm: Tensor | None
     """L2 norm of all gradients before clipping, equal on all ranks; not finite if the scaler skipped the step."""
     logit_bias: Tensor | None
+    source_losses: Tensor | None = None
+    """[S, 2]: sum of the rows' losses, and number of rows, by source of data. Each row against this rank's rows of the
+    first micro-batch only: good to compare sources with each other, not with ``loss``."""
 
 
 class TrainStep:
@@ -63,12 +67,14 @@ class TrainStep:
         precision: Precision,
         scaler: torch.amp.GradScaler | None = None,
         grad_clip_norm: float | None = None,
+        num_sources: int = 1,
     ) -> None:
         """
         Args:
             model: what ``parallelize`` returned.
             scaler: what ``precision.grad_scaler()`` returned; a disabled one stands in for None.
             grad_clip_norm: gradients are scaled down to this L2 norm if they exceed it.
+            num_sources: of the data; with several the loss is also measured by source.
         """
         self.model = model
         self.loss = loss
@@ -76,6 +82,7 @@ class TrainStep:
         self.precision = precision
         self.scaler = scaler or torch.amp.GradScaler(precision.device_type, enabled=False)
         self.grad_clip_norm = grad_clip_norm
+        self.num_sources = num_sources
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._needs_first_exchange = unwrap(model) is not model
 
@@ -96,7 +103,21 @@ class TrainStep:
             loss, output = self._backward_accumulated(micro_batches)
         grad_norm = self._update()
         bias = output.logit_bias
-        return StepMetrics(loss, output.logit_scale.detach(), grad_norm, None if bias is None else bias.detach())
+        return StepMetrics(
+            loss,
+            output.logit_scale.detach(),
+            grad_norm,
+            None if bias is None else bias.detach(),
+            self._source_losses(output, micro_batches),
+        )
+
+    def _source_losses(self, output: ClipOutput, micro_batches: Sequence[DeviceBatch]) -> Tensor | None:
+        sources = micro_batches[0].sources
+        if self.num_sources == 1 or sources is None:
+            return None
+        return losses_by_group(
+            output.image_features, output.text_features, output.logit_scale, sources, num_groups=self.num_sources
+        )
 
     def _backward(self, batch: DeviceBatch) -> tuple[Tensor, ClipOutput]:
         """Gradients of one micro-batch. DDP sums them over ranks while the backward pass still runs."""

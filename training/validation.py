@@ -201,15 +201,43 @@ def _data_problems(config: Config) -> Iterator[str]:
         evaluation.zeroshot_data,
         evaluation.retrieval_data,
     )
-    if data.train_data is None and not synthetic and not any(evaluation_sets):
+    trains = data.train_data is not None or data.train_data_manifest is not None or synthetic
+    if not trains and not any(evaluation_sets):
         yield (
             "there is nothing to train on and nothing to evaluate: pass --train-data, --dataset-type synthetic, "
             "or an evaluation set such as --val-data or --zeroshot-data."
         )
+    if data.train_data_manifest is not None:
+        yield from _manifest_problems(data)
+    if data.json_text_key_probs is not None:
+        yield from _json_text_problems(data.json_text_key, data.json_text_key_probs)
+    if data.s3_native == "off" and data.cache_shards is not None and (data.train_data or "").startswith("pipe:"):
+        yield "--s3-native off runs commands, whose output --cache-shards does not keep: leave one of them out."
     if synthetic and data.train_num_samples is None:
         yield "--dataset-type synthetic has no size of its own: pass --train-num-samples."
     if data.train_data_upsampling_factors is not None:
         yield from _upsampling_problems(data, data.train_data_upsampling_factors)
+
+
+def _manifest_problems(data: DataConfig) -> Iterator[str]:
+    option = f"--train-data-manifest {data.train_data_manifest}"
+    if data.train_data is not None:
+        yield f"{option} and --train-data {data.train_data} both say what to train on: leave one out."
+    if data.train_data_upsampling_factors is not None:
+        yield f"{option} has its own weights: leave --train-data-upsampling-factors out."
+    if data.dataset_type not in ("auto", "webdataset"):
+        yield f"{option} lists tar shards, not --dataset-type {data.dataset_type}: leave the type out."
+
+
+def _json_text_problems(fields: str | None, probs: tuple[float, ...]) -> Iterator[str]:
+    option = f"--json-text-key-probs {_joined(probs)}"
+    if fields is None:
+        yield f"{option} weighs the fields of --json-text-key: pass that too."
+        return
+    if len(probs) > len(fields.split(";")):
+        yield f"{option} has more numbers than --json-text-key {fields} has fields: give at most one for each."
+    if not all(0 <= prob < math.inf for prob in probs) or sum(probs) <= 0:
+        yield f"{option} must be numbers of at least 0, not all 0."
 
 
 def _upsampling_problems(data: DataConfig, factors: str) -> Iterator[str]:
@@ -370,14 +398,15 @@ def _inert_groups(config: Config) -> list[tuple[bool, str, tuple[str, ...]]]:
         (not _is_timm(config.optim), f"--opt {config.optim.opt} has no such setting", ("momentum",)),
         (
             dataset_type in ("webdataset", "synthetic"),
-            f"--dataset-type {dataset_type} reads no CSV file",
+            f"--dataset-type {dataset_type} reads no table",
             ("csv_separator", "csv_img_key", "csv_caption_key"),
         ),
         (
-            dataset_type in ("csv", "synthetic"),
+            dataset_type in ("csv", "jsonl", "synthetic"),
             f"--dataset-type {dataset_type} reads no shards",
-            ("dataset_resampled", "image_key", "text_key"),
+            ("dataset_resampled", "image_key", "text_key", "json_text_key", "s3_native", "cache_shards"),
         ),
+        (config.data.cache_shards is None, "--cache-shards is not given", ("cache_gib",)),
         (not has_zero_shot, "no zero-shot data is given (--imagenet-val, --zeroshot-data)", ("zeroshot_frequency",)),
         (config.data.val_data is None, "--val-data is not given", ("val_frequency", "val_num_samples")),
         ("wandb" not in report_targets(logging.report_to), "--report-to names no wandb", ("wandb_notes",)),

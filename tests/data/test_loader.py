@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -11,8 +12,17 @@ from models.config import PreprocessConfig
 from tests.factories import character_tokens, jpeg_bytes, token_texts, write_csv, write_shards, write_tar
 from training.config import DataConfig, ImageConfig
 from training.data.batch import Batch
-from training.data.build import build_train_loader, epoch_length, resolve_dataset_type
+from training.data.accounting import skipped
+from training.data.build import (
+    build_train_loader,
+    choose_block,
+    choose_lanes,
+    choose_parts,
+    epoch_length,
+    resolve_dataset_type,
+)
 from training.data.loader import TrainLoader
+from training.data.storage import StorageError
 
 PREPROCESS = PreprocessConfig(size=(16, 16))
 
@@ -30,6 +40,13 @@ def _loader(config: DataConfig, *, rank: int = 0, world_size: int = 1, seed: int
     )
 
 
+def _take(loader: TrainLoader, count: int) -> list[Batch]:
+    """Copies of the first batches: the loader writes the next ones over them."""
+    return [
+        batch._replace(images=batch.images.clone(), texts=batch.texts.clone()) for batch in islice(loader, count)
+    ]
+
+
 def _captions(batches: list[Batch]) -> list[str]:
     return [text for batch in batches for text in token_texts(batch.texts)]
 
@@ -40,12 +57,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 1), (4, 0)])
-def test_one_pass_over_the_slots_shows_every_sample_once(shards: str, world: int, workers: int) -> None:
-    config = DataConfig(train_data=shards, batch_size=5, workers=workers)
+def test_one_pass_over_the_slots_shows_every_sample_once(tmp_path: Path, world: int, workers: int) -> None:
+    """Eight shards are read in four parts each; twelve samples are three in every part."""
+    config = DataConfig(train_data=write_shards(tmp_path, shards=8, samples=12), batch_size=6, workers=workers)
     seen: Counter[str] = Counter()
     for rank in range(world):
-        seen.update(_captions(list(islice(_loader(config, rank=rank, world_size=world), 16 // world))))
-    assert len(seen) == 80
+        loader = _loader(config, rank=rank, world_size=world)
+        assert loader.source.slots_per_epoch == 32
+        for batch in islice(loader, 16 // world):
+            seen.update(token_texts(batch.texts))
+    assert len(seen) == 96
     assert set(seen.values()) == {1}
 
 
@@ -62,30 +83,44 @@ def test_the_same_seed_gives_the_same_pixels_and_another_seed_another_order(shar
 @pytest.mark.parametrize("consumed", [1, 4, 11])
 def test_a_resumed_loader_goes_on_with_the_very_next_sample(shards: str, workers: int, consumed: int) -> None:
     config = DataConfig(train_data=shards, batch_size=4, workers=workers, shuffle_block=6)
-    whole = list(islice(_loader(config), 15))
+    whole = _take(_loader(config), 15)
     interrupted = _loader(config)
     for batch in islice(interrupted, consumed):  # the workers are ahead by now: only commits count
-        interrupted.commit(batch)
+        interrupted.commit(batch.record)
     resumed = _loader(config)
-    resumed.load_state_dict(interrupted.state_dict())
-    rest = list(islice(resumed, 15 - consumed))
+    resumed.load_position(interrupted.merge([interrupted.position()]))
+    rest = _take(resumed, 15 - consumed)
     assert _captions(rest) == _captions(whole[consumed:])
     assert all(torch.equal(a.images, b.images) for a, b in zip(rest, whole[consumed:], strict=True))
 
 
-def test_a_position_of_another_stream_is_refused_with_the_differences(shards: str) -> None:
-    state = _loader(DataConfig(train_data=shards, batch_size=4, workers=2)).state_dict()
-    with pytest.raises(ValueError, match=r"num_workers: saved 2, now 1.*--workers"):
-        _loader(DataConfig(train_data=shards, batch_size=4, workers=1)).load_state_dict(state)
+def test_an_automatic_number_of_lanes_is_kept_and_another_one_asked_for_is_dealt_anew(shards: str) -> None:
+    config = DataConfig(train_data=shards, batch_size=4, workers=0)
+    saved = _loader(config)
+    position = saved.merge([saved.position()])
+    kept, dealt = _loader(config), _loader(replace(config, data_lanes=5))
+    kept.load_position(position)
+    dealt.load_position(position)
+    assert kept.deal.num_lanes == saved.deal.num_lanes == 32
+    assert dealt.deal.num_lanes == 5
 
 
-def test_starting_at_an_epoch_skips_the_slots_of_earlier_ones(shards: str) -> None:
-    config = DataConfig(train_data=shards, batch_size=10, workers=0)
+def test_lanes_that_do_not_suffice_for_more_ranks_are_dealt_anew(shards: str) -> None:
+    config = DataConfig(train_data=shards, batch_size=1, workers=0)
+    saved = _loader(replace(config, data_lanes=2))
+    loaders = [_loader(config, rank=rank, world_size=4) for rank in range(4)]
+    for loader in loaders:
+        loader.load_position(saved.merge([saved.position()]))
+    assert {loader.deal.num_lanes for loader in loaders} == {32}
+
+
+def test_starting_at_an_epoch_skips_the_slots_of_earlier_ones(tmp_path: Path) -> None:
+    config = DataConfig(train_data=write_shards(tmp_path, shards=8, samples=12), batch_size=12, workers=0)
     loader = _loader(config)
     loader.start_at_epoch(1)
-    second_epoch = _captions(list(islice(loader, 8)))
-    assert Counter(second_epoch) == Counter(_captions(list(islice(_loader(config), 8))))
-    assert second_epoch == _captions(list(islice(_loader(config), 16)))[80:]
+    second_epoch = _captions(_take(loader, 8))
+    assert Counter(second_epoch) == Counter(_captions(_take(_loader(config), 8)))
+    assert second_epoch == _captions(_take(_loader(config), 16))[96:]
 
 
 def test_resampling_repeats_shards_by_their_weights(shards: str) -> None:
@@ -98,7 +133,7 @@ def test_resampling_repeats_shards_by_their_weights(shards: str) -> None:
         batch_size=10,
         workers=0,
     )
-    captions = _captions(list(islice(_loader(config), 200)))
+    captions = _captions(_take(_loader(config), 200))
     from_second = sum(int(caption.split()[4]) >= 4 for caption in captions) / len(captions)
     assert from_second == pytest.approx(0.75, abs=0.08)
 
@@ -111,12 +146,14 @@ def test_broken_samples_are_skipped_and_counted_by_reason(tmp_path: Path) -> Non
     samples[4] = ("4", {"jpg": jpeg_bytes(), "txt": b" \n"})
     write_tar(tmp_path / "0.tar", samples)
     loader = _loader(DataConfig(train_data=f"{tmp_path}/0.tar", train_num_samples=2, batch_size=2, workers=0))
-    batches = list(islice(loader, 3))
+    batches = _take(loader, 3)
     for batch in batches:
-        loader.commit(batch)
-    assert sorted(_captions(batches)) == ["good 0"] * 3 + ["good 5"] * 3
-    assert set(loader.skipped) == {"broken_image", "no_image", "no_caption", "empty_caption"}
-    assert loader.state_dict()["skipped"] == dict(loader.skipped)
+        loader.commit(batch.record)
+    assert set(_captions(batches)) == {"good 0", "good 5"}
+    reasons = {name.removeprefix("skipped/") for name in loader.totals if name.startswith("skipped/")}
+    assert reasons == {"broken_image", "no_image", "no_caption", "empty_caption"}
+    assert loader.bad_shards[f"{tmp_path}/0.tar"] == skipped(loader.totals)
+    assert loader.merge([loader.position()]).facts()["totals"] == dict(loader.totals)
 
 
 def test_data_without_a_usable_sample_is_an_error_that_names_the_reasons(tmp_path: Path) -> None:
@@ -133,16 +170,23 @@ def test_a_truncated_shard_gives_its_whole_samples_and_a_warning(
     path = tmp_path / "000.tar"
     path.write_bytes(path.read_bytes()[:-6000])
     loader = _loader(DataConfig(train_data=str(path), train_num_samples=10, batch_size=3, workers=0))
-    next(iter(loader))
-    assert "000.tar is damaged (truncated at byte" in caplog.text
+    seen: Counter[str] = Counter()
+    for batch in islice(loader, 12):
+        loader.commit(batch.record)
+        seen.update(token_texts(batch.texts))
+    assert 0 < len(seen) < 10
+    assert loader.totals["lost/shard_damaged"] > 0
+    assert "truncated" in caplog.text
+    assert "000.tar are left out" in caplog.text
 
 
-def test_a_failing_pipe_command_ends_the_run_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.data.sources._BACKOFF_S", 0.0)
+def test_a_pipe_command_that_always_fails_ends_the_run_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.data.lane_reader._MAX_BARREN_S", 0.0)
+    monkeypatch.setattr("training.data.storage_errors.time.sleep", lambda seconds: None)
     loader = _loader(
         DataConfig(train_data="pipe:exit 7", dataset_type="webdataset", train_num_samples=9, batch_size=3, workers=0)
     )
-    with pytest.raises(RuntimeError, match="'exit 7' ended with status 7"):
+    with pytest.raises(StorageError, match=r"2 shards in a row gave no sample.*'exit 7'.*status 7"):
         next(iter(loader))
 
 
@@ -150,14 +194,14 @@ def test_pipe_commands_read_like_files(shards: str) -> None:
     piped = f"pipe:cat {shards}"
     files = _loader(DataConfig(train_data=shards, batch_size=8, workers=0))
     pipes = _loader(DataConfig(train_data=piped, train_num_samples=80, batch_size=8, workers=0))
-    assert _captions(list(islice(files, 6))) == _captions(list(islice(pipes, 6)))
+    assert _captions(_take(files, 6)) == _captions(_take(pipes, 6))
 
 
 def test_csv_rows_are_each_shown_once_per_epoch_in_a_new_order(tmp_path: Path) -> None:
     path = write_csv(tmp_path, rows=24)
     loader = _loader(DataConfig(train_data=str(path), batch_size=6, workers=0))
     assert (loader.num_batches, loader.num_samples) == (4, 24)
-    captions = _captions(list(islice(loader, 8)))
+    captions = _captions(_take(loader, 8))
     assert sorted(captions[:24]) == sorted(captions[24:]) == sorted(f"caption {row}" for row in range(24))
     assert captions[:24] != captions[24:]
 
@@ -195,9 +239,30 @@ def test_too_few_samples_for_a_batch_is_an_error(shards: str) -> None:
         _loader(DataConfig(train_data=shards, batch_size=64, workers=0), world_size=2)
 
 
-def test_more_workers_than_shards_is_an_error(shards: str) -> None:
-    with pytest.raises(ValueError, match=r"8 shards for 12 loader workers.*--workers"):
-        _loader(DataConfig(train_data=shards, batch_size=1, workers=6), world_size=2)
+@pytest.mark.parametrize(("lanes", "message"), [(1, "1 lanes for 2 ranks"), (33, r"33 lanes for 32 slots.*--data-lanes 32")])
+def test_a_number_of_lanes_that_cannot_work_is_an_error(shards: str, lanes: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _loader(DataConfig(train_data=shards, batch_size=1, data_lanes=lanes), world_size=2)
+
+
+def test_more_ranks_than_parts_of_shards_is_an_error(shards: str) -> None:
+    with pytest.raises(ValueError, match=r"32 slots of data .* for 40 ranks.*--dataset-resampled"):
+        _loader(DataConfig(train_data=shards, batch_size=1), world_size=40)
+
+
+@pytest.mark.parametrize(
+    ("slots", "world", "lanes"),
+    [(32, 1, 32), (32, 3, 30), (32, 4, 32), (100, 2, 96), (231_350, 1024, 49_152), (48, 1, 48), (60, 1, 48)],
+)
+def test_lanes_divide_among_the_ranks(slots: int, world: int, lanes: int) -> None:
+    assert choose_lanes(slots, world_size=world) == lanes
+    assert lanes % world == 0
+
+
+def test_the_number_of_parts_and_blocks_follows_from_the_data() -> None:
+    assert [choose_parts(shards) for shards in (1, 12, 13, 24, 47, 48, 1000)] == [4, 4, 4, 2, 2, 1, 1]
+    assert choose_block(49_152, world_size=1024) == 170
+    assert choose_block(2, world_size=1) == 2048
 
 
 def test_no_training_data_is_an_error() -> None:

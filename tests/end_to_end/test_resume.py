@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +18,9 @@ from safetensors.torch import load_file
 from tests.end_to_end.conftest import Outcome, run_ranks_to_end, start_ranks
 from tests.factories import write_shards
 from training.checkpoint.checkpointer import Checkpointer
+from training.commands.data_trace import main as data_trace
+from training.commands.data_trace import trace_step
+from training.data.trace import read_trace
 
 Run = Callable[[Sequence[str]], Outcome]
 
@@ -42,9 +47,12 @@ def _weights(run: Path) -> str:
     return digest.hexdigest()
 
 
+def _metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def _losses(run: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    return {int(line["step"]): line["train/loss"] for line in _metrics(run) if "train/loss" in line}
 
 
 def _kill_when_saved(argv: list[str], run: Path, *, step: int) -> None:
@@ -115,20 +123,65 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(
     assert "None of the 2 step checkpoints" in outcome.text
 
 
-def test_another_number_of_ranks_is_refused_with_the_remedy(run_here: Run, tmp_path: Path, tiny_model: str) -> None:
-    line = _line(tmp_path, tiny_model, "r", "--epochs", "1")
+def _traced(run: Path) -> list[tuple[int, int, int]]:
+    """(step, slot, raw index) of every sample that went into the weights, in no order."""
+    return [tuple(record) for records in read_trace(run / "trace").values() for record in records.tolist()]
+
+
+def test_on_two_then_three_ranks_then_one_every_sample_of_the_epoch_comes_once(
+    run_here: Run, tmp_path: Path, tiny_model: str
+) -> None:
+    """The epoch's 96 samples lie in 16 slots; ``--train-num-samples`` cuts the run into legs of 32."""
+    line = _line(tmp_path, tiny_model, "r", "--trace-samples", "--train-num-samples", "32")
+    for epochs, world in ((1, 2), (2, 3)):
+        outcomes = run_ranks_to_end([*line, "--epochs", str(epochs)], world_size=world)
+        assert [outcome.code for outcome in outcomes] == [0] * world, outcomes[0].text
+    outcome = run_here([*line, "--epochs", "6", "--workers", "2"])
+    assert outcome.code == 0, outcome.text
+    assert "The data goes on over 1 ranks, before: 3." in outcome.text
+    seen = Counter((slot, raw_index) for _, slot, raw_index in _traced(tmp_path / "logs/r"))
+    assert {sample for sample in seen if sample[0] < 16} == {(slot, index) for slot in range(16) for index in range(6)}
+    assert set(seen.values()) == {1}
+    steps = [step for step, *_ in _traced(tmp_path / "logs/r")]
+    assert set(steps) == set(range(max(steps) + 1))
+
+
+def test_the_schedule_follows_the_samples_seen_when_the_global_batch_changes(
+    run_here: Run, tmp_path: Path, tiny_model: str
+) -> None:
+    line = _line(tmp_path, tiny_model, "r", "--epochs", "2", "--save-every-n-steps", "0")
+    assert run_here([*line, "--epochs", "1"]).code == 0
+    before = [entry for entry in _metrics(tmp_path / "logs/r") if "train/lr" in entry]
+    assert run_here([*line, "--batch-size", "8"]).code == 0
+    after = [entry for entry in _metrics(tmp_path / "logs/r") if entry.get("train/samples_seen", 0) > 96]
+    assert (before[-1]["step"], after[0]["step"], after[-1]["step"]) == (23, 24, 35)
+    assert after[0]["train/epoch"] == 1.0
+    assert after[-1]["train/samples_seen"] == 192
+
+
+def test_a_trace_names_the_samples_of_a_step_with_and_without_the_record(
+    run_here: Run, tmp_path: Path, tiny_model: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = _line(tmp_path, tiny_model, "r", "--trace-samples", "--epochs", "1", "--keep-checkpoints", "20")
     assert run_here(line).code == 0
-    outcomes = run_ranks_to_end(line, world_size=2)
-    assert [outcome.code for outcome in outcomes] == [2, 2]
-    assert "saved by 1 ranks and this run has 2" in outcomes[0].text
+    run = tmp_path / "logs/r"
+    recorded = trace_step(run, 5)
+    shutil.rmtree(run / "trace")
+    assert trace_step(run, 5) == recorded
+    assert data_trace(["--step", "5", str(run)]) == 0
+    shown = capfd.readouterr().out.splitlines()
+    assert len(shown) == 4
+    assert shown[0].split("\t") == ["0", recorded[0].shard, recorded[0].key]
+    assert data_trace(["--step", "5", str(tmp_path)]) == 2
+    assert "starts.jsonl does not exist" in capfd.readouterr().err
 
 
-def test_other_weights_decay_is_no_obstacle_but_other_workers_are(
+def test_other_settings_and_workers_are_no_obstacle_but_other_shards_are(
     run_here: Run, tmp_path: Path, tiny_model: str
 ) -> None:
     line = _line(tmp_path, tiny_model, "r", "--epochs", "1")
     assert run_here(line).code == 0
-    assert run_here([*line, "--wd", "0.1"]).code == 0
-    outcome = run_here([*line, "--workers", "2"])
+    assert run_here([*line, "--wd", "0.1", "--workers", "2", "--data-lanes", "3"]).code == 0
+    outcome = run_here([*line, "--train-data", f"{tmp_path}/shards/{{000..002}}.tar"])
     assert outcome.code == 2
-    assert "num_workers: saved 1, now 2" in outcome.text
+    assert "belongs to another stream (sources: saved" in outcome.text

@@ -4,7 +4,8 @@
         model.safetensors      weights, by OpenCLIP's parameter names
         optimizer.safetensors  PARAMETER//STATE, such as visual.proj//exp_avg
         rng.safetensors        RANK//cpu, RANK//cuda
-        train.json             counters, optimizer settings, data positions by rank, config
+        data.safetensors       where the data lanes stand
+        train.json             counters, optimizer settings, the data stream's facts, config
         MANIFEST.json          size and sha256 of each of the above, written last
 
 A checkpoint is written under a temporary name, flushed, and renamed: a crash leaves the previous one untouched.
@@ -39,6 +40,7 @@ class StepCheckpoint(NamedTuple):
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     rng: Mapping[str, Tensor]
+    data: Mapping[str, Tensor]
     train: Mapping[str, Any]
     """JSON types only."""
 
@@ -67,6 +69,7 @@ class Checkpointer:
             save_file(dict(checkpoint.model), staging / "model.safetensors")
             save_file(dict(checkpoint.optimizer), staging / "optimizer.safetensors")
             save_file(dict(checkpoint.rng), staging / "rng.safetensors")
+            save_file(dict(checkpoint.data), staging / "data.safetensors")
             (staging / "train.json").write_text(json.dumps(checkpoint.train, indent=1) + "\n")
             write_manifest(staging, step=step)
             staging.rename(final)
@@ -127,5 +130,6 @@ def read_step_checkpoint(directory: Path) -> StepCheckpoint:
         model=load_file(directory / "model.safetensors"),
         optimizer=load_file(directory / "optimizer.safetensors"),
         rng=load_file(directory / "rng.safetensors"),
+        data=load_file(directory / "data.safetensors"),
         train=json.loads((directory / "train.json").read_text()),
     )

@@ -17,7 +17,9 @@ from models.weights import load_weights
 from training.checkpoint.checkpointer import Checkpointer, StepCheckpoint, read_step_checkpoint
 from training.checkpoint.export import newest_epoch_file, read_epoch_file
 from training.checkpoint.optimizer_state import pack_optimizer, unpack_optimizer
+from training.data.lanes import mix
 from training.data.loader import TrainLoader
+from training.data.position import read_position
 from training.distributed.collectives import gather_objects
 from training.distributed.runtime import Runtime
 from training.state import TrainState
@@ -38,15 +40,17 @@ class RunParts:
 
 def capture(parts: RunParts, *, runtime: Runtime, epoch: int, config: Mapping[str, Any]) -> StepCheckpoint | None:
     """The whole state after the current step: on rank 0; None elsewhere. Collective: all ranks."""
-    positions = gather_objects(parts.loader.state_dict())  # collective: all ranks
+    positions = gather_objects(parts.loader.position())  # collective: all ranks
     rng = gather_objects(_rng_state(runtime.device))  # collective: all ranks
     if not runtime.is_main:
         return None
     optimizer_tensors, optimizer_scalars = pack_optimizer(parts.optimizer, parts.model)
+    stream = parts.loader.merge(positions)
     return StepCheckpoint(
         model={name: tensor.detach().cpu().contiguous() for name, tensor in parts.model.state_dict().items()},
         optimizer=optimizer_tensors,
         rng={f"{rank}//{key}": value for rank, states in enumerate(rng) for key, value in states.items()},
+        data=stream.tensors(),
         train={
             "step": parts.state.step,
             "epoch": epoch,
@@ -54,7 +58,7 @@ def capture(parts: RunParts, *, runtime: Runtime, epoch: int, config: Mapping[st
             "world_size": runtime.world_size,
             "optimizer": optimizer_scalars,
             "scaler": parts.scaler.state_dict() if parts.scaler else None,
-            "data": positions,
+            "data": stream.facts(),
             "config": config,
             "versions": {name: version(name) for name in ("torch", "timm", "open_clip_torch")},
         },
@@ -128,16 +132,14 @@ def _restore_step(path: Path, parts: RunParts, *, runtime: Runtime) -> None:
     checkpoint = read_step_checkpoint(path)
     train = checkpoint.train
     load_weights(parts.model, dict(checkpoint.model))
-    if train["world_size"] != runtime.world_size:
-        raise ValueError(
-            f"{path} was saved by {train['world_size']} ranks and this run has {runtime.world_size}: resume with "
-            f"{train['world_size']}, or give the checkpoint to --pretrained to start a new run from its weights."
-        )
-    parts.loader.load_state_dict(train["data"][runtime.rank])
+    parts.loader.load_position(read_position(checkpoint.data, train["data"]))
     unpack_optimizer(parts.optimizer, parts.model, checkpoint.optimizer, train["optimizer"])
     if parts.scaler is not None and train["scaler"] is not None:
         parts.scaler.load_state_dict(train["scaler"])
-    _set_rng_state(checkpoint.rng, rank=runtime.rank, device=runtime.device)
+    if train["world_size"] == runtime.world_size:
+        _set_rng_state(checkpoint.rng, rank=runtime.rank, device=runtime.device)
+    else:
+        _seed_rng(int(train["step"]), rank=runtime.rank)
     parts.state.step = int(train["step"])
     parts.state.samples_seen = int(train["samples_seen"])
 
@@ -181,3 +183,8 @@ def _set_rng_state(states: Mapping[str, Tensor], *, rank: int, device: torch.dev
     torch.set_rng_state(states[f"{rank}//cpu"])
     if device.type == "cuda" and f"{rank}//cuda" in states:
         torch.cuda.set_rng_state(states[f"{rank}//cuda"], device)
+
+
+def _seed_rng(step: int, *, rank: int) -> None:
+    """In another world no rank's generator has a past: each begins with one of its own."""
+    torch.manual_seed(mix(step, rank) >> 1)

@@ -5,25 +5,53 @@ Legend: B rank batch, L text tokens.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from training.data.lane_reader import Fault
+from training.data.lanes import LanePosition
+
+SAMPLE_COLUMNS = ("slot", "raw_index", "source")
+
+
+class BatchBuffers(NamedTuple):
+    """Where the loader writes a batch."""
+
+    images: Tensor
+    """uint8 [B, 3, H, W]: a quarter of the bytes of floats, to share and to copy."""
+    texts: Tensor
+    """int64 [B, L]"""
+    samples: Tensor
+    """int64 [B, 3]: ``SAMPLE_COLUMNS`` of every row."""
+
+
+@dataclass(frozen=True)
+class BatchRecord:
+    """What a batch means for the loader: small, and needed until the trainer commits it."""
+
+    positions: Mapping[int, LanePosition]
+    """By index into the rank's lanes: where they stand after this batch."""
+    samples: Tensor
+    """int64 [B, 3]"""
+    counts: Counter[str]
+    bad_shards: Counter[str]
+    faults: Sequence[Fault] = field(default_factory=list)
+
 
 class Batch(NamedTuple):
-    """What the loader yields. Images stay uint8: a quarter of the bytes to pin and to copy."""
+    """What the loader yields. The tensors may be its own memory: good until the next batch is asked for."""
 
     images: Tensor
     """uint8 [B, 3, H, W]"""
     texts: Tensor
     """int64 [B, L]"""
-    position: Any
-    """Where the loader stands after this batch: opaque and picklable; the trainer commits it with the step."""
-    skipped: Mapping[str, int]
-    """Samples left out since the batch before, by reason."""
+    record: BatchRecord
 
 
 class DeviceBatch(NamedTuple):
@@ -33,15 +61,22 @@ class DeviceBatch(NamedTuple):
     """float [B, 3, H, W], normalised, in the precision's input dtype"""
     texts: Tensor
     """int64 [B, L]"""
+    record: BatchRecord | None = None
+    sources: Tensor | None = None
+    """int64 [B]: which source each row came from."""
 
 
 def to_device(
     batch: Batch, *, mean: Sequence[float], std: Sequence[float], device: torch.device, dtype: torch.dtype
 ) -> DeviceBatch:
-    """Copies a batch to the device and normalises it there. Does not wait for the copy if the batch is pinned."""
+    """Copies a batch to the device and normalises it there; the result shares no memory with the batch.
+
+    Does not wait for the copy if the batch is pinned.
+    """
     images = batch.images.to(device, non_blocking=True)
-    texts = batch.texts.to(device, non_blocking=True)
-    return DeviceBatch(normalize(images, mean=mean, std=std, dtype=dtype), texts)
+    texts = batch.texts.to(device, non_blocking=True, copy=True)
+    sources = batch.record.samples[:, SAMPLE_COLUMNS.index("source")].to(device, non_blocking=True)
+    return DeviceBatch(normalize(images, mean=mean, std=std, dtype=dtype), texts, batch.record, sources)
 
 
 def normalize(

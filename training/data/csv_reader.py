@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from training.data.lanes import epoch_order
+from training.data.sources import slot_rows
 from training.data.tar_reader import RawSample
-
-_MAX_SLOT_ROWS = 512
 
 
 class StringTable:
@@ -48,6 +47,7 @@ class CsvTable:
             rows = [(row[image_column] or "", row[caption_column] or "") for row in reader]
         if not rows:
             raise ValueError(f"CSV file {path!r} has no rows: correct {flag}.")
+        self.path = path
         self.directory = os.path.dirname(path)
         self.images = StringTable([image for image, _ in rows])
         self.captions = StringTable([caption for _, caption in rows])
@@ -72,13 +72,22 @@ class CsvTable:
 class CsvSource:
     """Rows of a table in slots: each epoch permutes all rows and cuts the permutation into slots."""
 
-    def __init__(self, table: CsvTable, *, num_lanes: int, seed: int) -> None:
+    def __init__(self, table: CsvTable, *, seed: int) -> None:
         self.table = table
         self.seed = seed
-        self.slot_rows = max(1, min(_MAX_SLOT_ROWS, len(table) // num_lanes))
+        self.slot_rows = slot_rows(len(table))
         self.slots_per_epoch = -(-len(table) // self.slot_rows)
+        self.source_names = (table.path,)
 
-    def read_slot(self, slot: int, *, start: int) -> Iterator[RawSample]:
+    def shard_name(self, slot: int) -> str:
+        """The file: its rows are the samples' keys."""
+        return self.table.path
+
+    def source_of(self, slot: int) -> int:
+        """There is only one source."""
+        return 0
+
+    def read_slot(self, slot: int, *, start: int, offset: int) -> Iterator[RawSample]:
         """The rows of one slot of the epoch's permutation."""
         epoch, place = divmod(slot, self.slots_per_epoch)
         order = epoch_order(len(self.table), seed=self.seed, epoch=epoch)

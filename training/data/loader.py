@@ -1,51 +1,37 @@
-"""The training loader: an endless stream of batches whose position can be saved and restored, sample by sample.
+"""The training loader: an endless stream of batches whose position can be saved, and restored on any number of ranks.
 
-    worker 0: its lanes in turn -> decode -> Batch  \\
-    worker 1: its lanes in turn -> decode -> Batch   > the workers in turn -> trainer, which commits what it consumed
+    lanes -> workers -> rows of a batch in shared memory -> Batch -> trainer, which commits what it has consumed
 
-The order depends on the seed, the sources, the number of ranks and of workers, and on nothing else.
+What a batch holds depends on the seed, the sources, the deal and the rank; never on the number of workers.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch import Tensor
 
-from models.tokenizer import Tokenizer
-from training.data.batch import Batch
-from training.data.decode import Sample, SampleDecoder, UnusableSample
-from training.data.lanes import LanePosition, SampleId, Source, lanes_of_worker, mix, read_lane
-from training.data.tar_reader import RawSample
+from training.data.batch import Batch, BatchBuffers, BatchRecord
+from training.data.batch_filler import BatchFiller, Chunk, Decoder, RankStream, TokenizeFunction
+from training.data.decode import UnusableSample
+from training.data.lane_reader import LaneReader, Source
+from training.data.lanes import Deal, LanePosition, first_turn, mix, owned_lanes
+from training.data.position import RankPosition, StreamIdentity, StreamPosition, merge_ranks
+from training.data.ring import BatchRing, RingLayout
+from training.data.worker_pool import WorkerDied, WorkerPool
 
-_MAX_UNUSABLE_IN_A_ROW = 1000
+logger = logging.getLogger(__name__)
 
-LaneReader = Iterator[tuple[RawSample, SampleId, LanePosition]]
-
-
-class WorkerPosition(NamedTuple):
-    """Where one worker of this rank stands after a batch."""
-
-    worker: int
-    cursor: int
-    """Which of the worker's lanes gives the next sample."""
-    lanes: tuple[LanePosition, ...]
-
-
-class StreamConfig(NamedTuple):
-    """What decides the order of samples. It is saved with the position and compared when a run resumes."""
-
-    seed: int
-    num_lanes: int
-    block: int
-    world_size: int
-    num_workers: int
-    batch_size: int
-    sources: str
-    """Digest of the sources in order."""
+_RING_SLOTS = 4
+"""One that the trainer copies from, three that the workers fill ahead of it."""
+_RESTARTS = 3
+"""Of a rank's workers, without a batch in between."""
+_FIRST_SAMPLES = 1000
+_WORST_SHARDS = 100
 
 
 class TrainLoader:
@@ -55,192 +41,244 @@ class TrainLoader:
         self,
         source: Source,
         *,
-        config: StreamConfig,
+        identity: StreamIdentity,
+        deal: Deal,
         rank: int,
-        decoder: SampleDecoder,
-        tokenizer: Tokenizer,
+        world_size: int,
+        batch_size: int,
+        image_size: tuple[int, int],
+        decoder: Decoder,
+        tokenizer: TokenizeFunction,
+        num_workers: int,
         num_batches: int,
         num_samples: int,
-        processes: bool,
-        pin_memory: bool = False,
+        requested_lanes: int = 0,
+        requested_block: int = 0,
+        pin: Callable[[Tensor], None] | None = None,
     ) -> None:
-        self.config = config
+        """
+        Args:
+            image_size: (height, width) of what the decoder returns.
+            num_workers: processes; 0 loads in this one.
+            requested_lanes: what the user asked for; 0 keeps a resumed run's. Likewise ``requested_block``.
+            pin: makes memory page-locked for copies to the device.
+        """
         self.num_batches = num_batches
         """Batches per epoch and rank."""
         self.num_samples = num_samples
         """Samples per epoch, all ranks together."""
-        self.skipped: Counter[str] = Counter()
+        self.source = source
+        self.identity = identity
+        self.deal = deal
+        self.batch_size = batch_size
+        self.world_size = world_size
+        self.totals: Counter[str] = Counter()
+        """What this rank has read, skipped, retried, ...; on rank 0 with what was counted before a resume."""
+        self.bad_shards: Counter[str] = Counter()
         self._rank = rank
-        self._processes = processes
-        self._pin_memory = pin_memory
-        self._source = source
+        self._image_size = image_size
         self._decoder = decoder
         self._tokenizer = tokenizer
-        self._next_worker = 0
-        self._positions = [self._start_of(worker) for worker in range(config.num_workers)]
+        self.num_workers = num_workers
+        self._requested_lanes = requested_lanes
+        self._requested_block = requested_block
+        self._pin = pin
+        self._cursor = 0
+        self._emitted = 0
+        self._positions = [deal.start(lane, 0) for lane in self.lanes]
+
+    @property
+    def lanes(self) -> range:
+        """The lanes of this rank."""
+        return owned_lanes(self.deal.num_lanes, rank=self._rank, world_size=self.world_size)
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the committed position on. Worker processes end when the iterator is dropped."""
-        # DataLoader asks its workers in turn, beginning with worker 0: the one whose turn it is must be that one.
-        workers = self.config.num_workers
-        order = [(self._next_worker + i) % workers for i in range(workers)]
-        stream = _WorkerStream(
-            self._source,
-            config=self.config,
-            rank=self._rank,
+        if self.num_workers == 0:
+            return self._load_here()
+        return self._load_in_workers()
+
+    def _load_here(self) -> Iterator[Batch]:
+        filler = BatchFiller(self._stream(self._positions, self._cursor))
+        while True:
+            buffers = _new_buffers(self.batch_size, self._image_size, self._context_length())
+            yield _batch(buffers, [filler.fill(buffers)])
+
+    def _load_in_workers(self) -> Iterator[Batch]:
+        """Dead workers are replaced by new ones that go on after the last batch that came through."""
+        positions, cursor = list(self._positions), self._cursor
+        deaths = 0
+        layout = RingLayout(_RING_SLOTS, self.batch_size, self._image_size, self._context_length())
+        ring = BatchRing(layout)
+        if self._pin is not None:
+            self._pin(ring.whole())
+        try:
+            while True:
+                pool = WorkerPool(
+                    self._stream(positions, cursor), layout=layout, num_workers=self.num_workers, ring=ring
+                )
+                try:
+                    while True:
+                        buffers, chunks = pool.next_batch()
+                        batch = _batch(buffers, chunks)
+                        if deaths:
+                            batch.record.counts["worker_restarts"] += deaths
+                            deaths = 0
+                        for index, position in batch.record.positions.items():
+                            positions[index] = position
+                        cursor = (cursor + self.batch_size) % len(positions)
+                        yield batch
+                        pool.release()
+                except WorkerDied as death:
+                    deaths += 1
+                    if deaths > _RESTARTS:
+                        raise
+                    logger.warning("%s Starting the workers again (%d of %d).", death, deaths, _RESTARTS)
+                finally:
+                    pool.close()
+        finally:
+            ring.close()
+
+    def _stream(self, positions: Sequence[LanePosition], cursor: int) -> RankStream:
+        return RankStream(
+            source=self.source,
             decoder=self._decoder,
             tokenizer=self._tokenizer,
-            positions=[self._positions[worker] for worker in order],
+            deal=self.deal,
+            lanes=self.lanes,
+            positions=tuple(positions),
+            cursor=cursor,
+            batch_size=self.batch_size,
         )
-        if not self._processes:
-            return iter(stream)
-        return iter(
-            DataLoader(
-                stream,
-                batch_size=None,
-                num_workers=workers,
-                prefetch_factor=2,
-                pin_memory=self._pin_memory,
-                # Its own: from the global generator it would draw a seed, and a resumed run another dropout mask.
-                generator=torch.Generator(),
-            )
-        )
+
+    def _context_length(self) -> int:
+        return self._tokenizer([""]).shape[1]
 
     def check_first_sample(self) -> None:
         """Decodes one sample of this rank in this process: wrong keys or a dead source show before anything is built.
 
         Raises:
-            ValueError: none of the first samples can be used. StorageError: the first shard cannot be read.
+            ValueError: none of the first samples can be used. RuntimeError: the storage gives nothing.
         """
-        lane = _lanes(self.config, rank=self._rank, worker=0)[0]
-        reader = _open_lane(self._source, lane, config=self.config, position=LanePosition())
-        _next_usable(reader, decoder=self._decoder, seed=self.config.seed, skipped=Counter())
+        lane = self.lanes[0]
+        reader = LaneReader(self.source, replace(self.deal, block=1), lane, self.deal.start(lane, 0))
+        reasons: Counter[str] = Counter()
+        for _ in range(_FIRST_SAMPLES):
+            raw, sample_id, _ = reader.take([])
+            try:
+                self._decoder.decode(raw, seed=mix(self.identity.seed, *sample_id))
+                return
+            except UnusableSample as fault:
+                reasons[fault.reason] += 1
+        raise ValueError(
+            f"{_FIRST_SAMPLES} samples in a row cannot be used (last: {raw.key!r} with members {sorted(raw.members)}; "
+            f"reasons: {dict(reasons)}): check --train-data, --image-key and --text-key."
+        )
 
-    def commit(self, batch: Batch) -> None:
-        """Marks a batch as consumed: a state saved from now on continues after it."""
-        position: WorkerPosition = batch.position
-        self._positions[position.worker] = position
-        self._next_worker = (position.worker + 1) % self.config.num_workers
-        self.skipped.update(batch.skipped)
+    def commit(self, batch: BatchRecord) -> None:
+        """Marks a batch as consumed: a position taken from now on continues after it."""
+        for index, position in batch.positions.items():
+            self._positions[index] = position
+        self._cursor = (self._cursor + self.batch_size) % len(self._positions)
+        self._emitted += self.batch_size * self.world_size
+        self.totals.update(batch.counts)
+        self.bad_shards.update(batch.bad_shards)
+        for fault in batch.faults:
+            # As many as a slot holds on average: what the shard held is not known.
+            lost = max(1, self.num_samples // self.source.slots_per_epoch - fault.samples_before)
+            self.totals[f"lost/{fault.reason}"] += 1
+            self.totals["lost_samples"] += lost
+            self.bad_shards[fault.shard] += lost
+            logger.warning("About %d samples of %s are left out: %s", lost, fault.shard, fault.detail)
 
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's position, in plain JSON types."""
-        return {
-            "stream": self.config._asdict(),
-            "next_worker": self._next_worker,
-            "workers": [[position.cursor, [list(lane) for lane in position.lanes]] for position in self._positions],
-            "skipped": dict(self.skipped),
-        }
+    def position(self) -> RankPosition:
+        """Where this rank's lanes stand."""
+        worst = Counter(dict(self.bad_shards.most_common(_WORST_SHARDS)))
+        return RankPosition(tuple(self._positions), self._cursor, Counter(self.totals), worst)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where the state was saved.
+    def merge(self, ranks: Sequence[RankPosition]) -> StreamPosition:
+        """The position of the job from those of all ranks."""
+        return merge_ranks(ranks, identity=self.identity, deal=self.deal, emitted=self._emitted)
+
+    def epoch_of_lanes(self) -> tuple[float, float, float]:
+        """(least, mean, greatest) number of passes over the data that a lane of this rank has begun or finished."""
+        slots = [
+            self.deal.piece(lane, position.turn).slot for lane, position in zip(self.lanes, self._positions, strict=True)
+        ]
+        epochs = [slot / self.source.slots_per_epoch for slot in slots]
+        return min(epochs), sum(epochs) / len(epochs), max(epochs)
+
+    def load_position(self, saved: StreamPosition) -> None:
+        """Goes on where the job stood, on any number of ranks. Deals anew where another number of lanes is asked for.
 
         Raises:
-            ValueError: the state belongs to another stream (other sources, ranks, workers, ...).
+            ValueError: the position belongs to another stream (other sources or seed).
         """
-        ours, theirs = self.config._asdict(), state["stream"]
+        self._check_identity(saved.identity)
+        lanes = self._requested_lanes or saved.deal.num_lanes
+        if not self._requested_lanes and lanes < self.world_size:
+            lanes = self.deal.num_lanes
+            logger.warning("%d data lanes for %d ranks: dealing to %d.", saved.deal.num_lanes, self.world_size, lanes)
+        block = self._requested_block or saved.deal.block
+        if (lanes, block) != (saved.deal.num_lanes, saved.deal.block):
+            self._deal_again(saved, lanes=lanes, block=block)
+        else:
+            self._continue(saved)
+        if self._rank == 0:
+            self.totals, self.bad_shards = Counter(saved.totals), Counter(saved.bad_shards)
+
+    def _check_identity(self, saved: StreamIdentity) -> None:
         differing = [
-            f"{key}: saved {theirs.get(key)!r}, now {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]
+            f"{name}: saved {theirs!r}, now {ours!r}"
+            for name, theirs, ours in zip(StreamIdentity._fields, saved, self.identity, strict=True)
+            if theirs != ours
         ]
         if differing:
             raise ValueError(
                 f"The checkpoint's data position belongs to another stream ({'; '.join(differing)}): resume with the "
-                "same --train-data, --seed, --batch-size, --workers, --shuffle-block and number of ranks, or give the "
-                "checkpoint to --pretrained to start a new run from its weights."
+                "same --train-data, --seed and --dataset-resampled, or give the checkpoint to --pretrained to start a "
+                "new run from its weights."
             )
-        self._next_worker = int(state["next_worker"])
-        self._positions = [
-            WorkerPosition(worker, int(cursor), tuple(LanePosition(*lane) for lane in lanes))
-            for worker, (cursor, lanes) in enumerate(state["workers"])
-        ]
-        self.skipped = Counter(state["skipped"])
+
+    def _deal_again(self, saved: StreamPosition, *, lanes: int, block: int) -> None:
+        logger.info(
+            "Dealing the unread data anew: %d lanes in blocks of %d become %d in blocks of %d. Every sample is still "
+            "seen once, in another order.",
+            *(saved.deal.num_lanes, saved.deal.block, lanes, block),
+        )
+        self.deal = saved.deal.again(list(saved.lanes), num_lanes=lanes, block=block)
+        self._positions = [self.deal.start(lane, 0) for lane in self.lanes]
+        self._cursor = self._emitted = 0
+
+    def _continue(self, saved: StreamPosition) -> None:
+        self.deal = saved.deal
+        self._positions = [saved.lanes[lane] for lane in self.lanes]
+        self._emitted = saved.emitted
+        if len(saved.cursors) == self.world_size:
+            self._cursor = saved.cursors[self._rank]
+        else:
+            logger.info("The data goes on over %d ranks, before: %d.", self.world_size, len(saved.cursors))
+            self._cursor = first_turn(
+                saved.deal.num_lanes, emitted=saved.emitted, rank=self._rank, world_size=self.world_size
+            )
 
     def start_at_epoch(self, epoch: int) -> None:
         """Begins with the first slots of an epoch: for checkpoints that carry no position (OpenCLIP's own)."""
-        first_slot = epoch * self._source.slots_per_epoch
-        for worker, position in enumerate(self._positions):
-            lanes = _lanes(self.config, rank=self._rank, worker=worker)
-            turns = [max(0, -(-(first_slot - lane) // self.config.num_lanes)) for lane in lanes]
-            self._positions[worker] = position._replace(lanes=tuple(LanePosition(turn) for turn in turns))
-
-    def _start_of(self, worker: int) -> WorkerPosition:
-        lanes = _lanes(self.config, rank=self._rank, worker=worker)
-        return WorkerPosition(worker, 0, tuple(LanePosition() for _ in lanes))
+        first_slot = epoch * self.source.slots_per_epoch
+        self._positions = [self.deal.start(lane, self.deal.turn_of_slot(lane, first_slot)) for lane in self.lanes]
 
 
-def _lanes(config: StreamConfig, *, rank: int, worker: int) -> range:
-    return lanes_of_worker(
-        num_lanes=config.num_lanes,
-        rank=rank,
-        world_size=config.world_size,
-        worker=worker,
-        num_workers=config.num_workers,
+def _new_buffers(batch_size: int, image_size: tuple[int, int], context_length: int) -> BatchBuffers:
+    layout = RingLayout(1, batch_size, image_size, context_length)
+    return BatchBuffers(*(torch.empty(shape, dtype=dtype) for dtype, shape in layout.parts))
+
+
+def _batch(buffers: BatchBuffers, chunks: Sequence[Chunk]) -> Batch:
+    record = BatchRecord(
+        positions={index: position for chunk in chunks for index, position in chunk.positions.items()},
+        samples=buffers.samples.clone(),
+        counts=sum((chunk.counts for chunk in chunks), Counter()),
+        bad_shards=sum((chunk.bad_shards for chunk in chunks), Counter()),
+        faults=[fault for chunk in chunks for fault in chunk.faults],
     )
-
-
-class _WorkerStream(IterableDataset[Batch]):
-    """What a loader process runs: its lanes in turn, decoded and batched."""
-
-    def __init__(
-        self,
-        source: Source,
-        *,
-        config: StreamConfig,
-        rank: int,
-        decoder: SampleDecoder,
-        tokenizer: Tokenizer,
-        positions: Sequence[WorkerPosition],
-    ) -> None:
-        self.source = source
-        self.config = config
-        self.rank = rank
-        self.decoder = decoder
-        self.tokenizer = tokenizer
-        self.positions = positions
-
-    def __iter__(self) -> Iterator[Batch]:
-        info = get_worker_info()
-        start = self.positions[info.id if info else 0]
-        lane_ids = _lanes(self.config, rank=self.rank, worker=start.worker)
-        readers = [
-            _open_lane(self.source, lane, config=self.config, position=position)
-            for lane, position in zip(lane_ids, start.lanes, strict=True)
-        ]
-        positions = list(start.lanes)
-        cursor = start.cursor
-        while True:
-            samples: list[Sample] = []
-            skipped: Counter[str] = Counter()
-            while len(samples) < self.config.batch_size:
-                sample, positions[cursor] = _next_usable(
-                    readers[cursor], decoder=self.decoder, seed=self.config.seed, skipped=skipped
-                )
-                samples.append(sample)
-                cursor = (cursor + 1) % len(readers)
-            yield Batch(
-                images=torch.stack([sample.image for sample in samples]),  # B x uint8 [3, H, W] -> [B, 3, H, W]
-                texts=self.tokenizer([sample.caption for sample in samples]),
-                position=WorkerPosition(start.worker, cursor, tuple(positions)),
-                skipped=dict(skipped),
-            )
-
-
-def _open_lane(source: Source, lane: int, *, config: StreamConfig, position: LanePosition) -> LaneReader:
-    return read_lane(source, lane, num_lanes=config.num_lanes, block=config.block, seed=config.seed, position=position)
-
-
-def _next_usable(
-    reader: LaneReader, *, decoder: SampleDecoder, seed: int, skipped: Counter[str]
-) -> tuple[Sample, LanePosition]:
-    """The lane's next sample that decodes; the ones that do not are counted by reason."""
-    for attempts, (raw, sample_id, position) in enumerate(reader, start=1):
-        try:
-            return decoder.decode(raw, seed=mix(seed, *sample_id)), position
-        except UnusableSample as fault:
-            skipped[fault.reason] += 1
-        if attempts == _MAX_UNUSABLE_IN_A_ROW:
-            break
-    raise ValueError(
-        f"{_MAX_UNUSABLE_IN_A_ROW} samples in a row cannot be used (last: {raw.key!r} with members "
-        f"{sorted(raw.members)}; reasons: {dict(skipped)}): check --train-data, --image-key and --text-key."
-    )
+    return Batch(buffers.images, buffers.texts, record)

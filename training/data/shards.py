@@ -201,12 +201,11 @@ def _sum_sizes(url: str, text: str, names: Sequence[str]) -> int | None:
 
 def read_text(url: str) -> str | None:
     """A small file beside the shards; None if there is none."""
-    import fsspec  # heavy, and loader workers import this module
+    from training.data.storage import ShardMissing, Storage  # it knows shards' URLs from this module
 
     try:
-        with fsspec.open(url, "rt") as file:
-            return str(file.read())
-    except FileNotFoundError:
+        return Storage().read_bytes(url).decode()
+    except ShardMissing:
         return None
 
 

@@ -1,84 +1,132 @@
-"""What lanes read: webdataset tars, or synthetic samples that need no data at all. (CSV files: ``csv_reader.py``.)"""
+"""What lanes read: webdataset tars, or synthetic samples that need no data at all. (Tables: ``csv_reader.py``.)"""
 
 from __future__ import annotations
 
 import io
-import logging
-import time
 from collections.abc import Iterator
-from itertools import islice
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from training.data.lanes import drawn_shard, mix, shard_of_slot
+from training.data.lanes import drawn_shard, mix, shard_of_slot, slot_draw
 from training.data.shards import ShardList
-from training.data.storage import StorageError, open_shard
-from training.data.tar_reader import RawSample, TarError, read_samples
+from training.data.storage import Storage
+from training.data.tar_reader import RawSample, read_samples
 
-logger = logging.getLogger(__name__)
+_MAX_SLOT_ROWS = 512
+_SLOTS_OF_A_SMALL_TABLE = 96
 
-_ATTEMPTS = 4
-_BACKOFF_S = 1.0
+
+def slot_rows(rows: int) -> int:
+    """Rows in a slot of a table that is read in any order: few enough to deal a small table to many lanes."""
+    return max(1, min(_MAX_SLOT_ROWS, rows // _SLOTS_OF_A_SMALL_TABLE))
+
+
+class ShardDraw(Protocol):
+    """Weights that follow a schedule."""
+
+    def draw(self, u: float, progress: float) -> int:
+        """The shard for a uniform number, after ``progress`` epochs."""
 
 
 class TarSource:
-    """Webdataset shards. A shard that breaks off is read up to the break, with a warning that names shard and byte."""
+    """Webdataset shards, or parts of them where there are fewer shards than lanes.
 
-    def __init__(self, shards: ShardList, *, resampled: bool, seed: int) -> None:
+    Part p of P of a shard holds its samples p, p+P, p+2P, ...: it needs no index, and skips what is not its own.
+    """
+
+    def __init__(
+        self,
+        shards: ShardList,
+        *,
+        resampled: bool,
+        seed: int,
+        storage: Storage,
+        parts: int = 1,
+        schedule: ShardDraw | None = None,
+        slots_per_epoch: int | None = None,
+    ) -> None:
+        """
+        Args:
+            parts: of each shard; 1 when resampled.
+            schedule: draws the shards instead of their fixed weights.
+            slots_per_epoch: when resampled; None: as many as there are shards.
+        """
         self.shards = shards
         self.resampled = resampled
         self.seed = seed
-        self.slots_per_epoch = len(shards.urls)
+        self.storage = storage
+        self.parts = parts
+        self.schedule = schedule
+        self.slots_per_epoch = slots_per_epoch or len(shards.urls) * parts
+        self.source_names = tuple(source.name for source in shards.sources)
+        self._source_of_shard = shards.source_of_shard
         self._cumulative_weights = np.cumsum(np.asarray(shards.weights, dtype=np.float64))
 
-    def shard_url(self, slot: int) -> str:
-        """The shard that a slot reads."""
-        if self.resampled:
-            return self.shards.urls[drawn_shard(slot, cumulative_weights=self._cumulative_weights, seed=self.seed)]
-        return self.shards.urls[shard_of_slot(slot, num_shards=len(self.shards.urls), seed=self.seed)]
+    def shard_name(self, slot: int) -> str:
+        """The URL of the shard that a slot reads."""
+        return self.shards.urls[self.shard_and_part(slot)[0]]
 
-    def read_slot(self, slot: int, *, start: int) -> Iterator[RawSample]:
-        """The samples of the slot's shard from raw index ``start`` on; a broken connection continues where it broke.
+    def source_of(self, slot: int) -> int:
+        """Which of the ``::``-joined sources the slot's shard belongs to."""
+        return int(self._source_of_shard[self.shard_and_part(slot)[0]])
+
+    def shard_and_part(self, slot: int) -> tuple[int, int]:
+        """(index into the shard list, part) of a slot."""
+        if self.schedule is not None:
+            return self.schedule.draw(slot_draw(slot, seed=self.seed), slot / self.slots_per_epoch), 0
+        if self.resampled:
+            return drawn_shard(slot, cumulative_weights=self._cumulative_weights, seed=self.seed), 0
+        unit = shard_of_slot(slot, num_shards=self.slots_per_epoch, seed=self.seed)
+        return divmod(unit, self.parts)
+
+    def index_in_shard(self, slot: int, raw_index: int) -> int:
+        """The place in its shard of a slot's sample."""
+        return raw_index * self.parts + self.shard_and_part(slot)[1]
+
+    def read_slot(self, slot: int, *, start: int, offset: int) -> Iterator[RawSample]:
+        """The samples of the slot from raw index ``start`` on; ``offset`` is its byte, or 0 if that is unknown.
 
         Raises:
-            StorageError: the shard could not be read in several attempts.
+            StorageError: the shard could not be read. TarError: it is damaged.
         """
-        url = self.shard_url(slot)
-        index = start
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                with open_shard(url) as stream:
-                    for sample in islice(read_samples(stream), index, None):
-                        index += 1
-                        yield sample
-                return
-            except TarError as error:
-                logger.warning("Shard %s is damaged (%s): %d samples read, the rest is lost.", url, error, index)
-                return
-            except StorageError as error:
-                if attempt == _ATTEMPTS:
-                    raise
-                logger.warning("%s Attempt %d of %d.", error, attempt, _ATTEMPTS)
-                time.sleep(_BACKOFF_S * 2 ** (attempt - 1))
+        shard, part = self.shard_and_part(slot)
+        wanted_from = start * self.parts + part
+        with self.storage.open(self.shards.urls[shard], offset=offset) as stream:
+            yield from read_samples(
+                stream,
+                offset=offset,
+                first_index=wanted_from if offset else 0,
+                keep=lambda index: index >= wanted_from and index % self.parts == part,
+            )
 
 
 class SyntheticSource:
     """Random noise with numbered captions: every part of the engine runs, nothing is learnt, no data is needed."""
 
-    _SLOT_SAMPLES = 512
+    source_names = ("synthetic",)
 
     def __init__(self, *, image_size: tuple[int, int], num_samples: int, seed: int) -> None:
         self.seed = seed
-        self.slots_per_epoch = -(-num_samples // self._SLOT_SAMPLES)
+        self.slot_samples = slot_rows(num_samples)
+        self.slots_per_epoch = -(-num_samples // self.slot_samples)
         self.image_size = image_size
 
-    def read_slot(self, slot: int, *, start: int) -> Iterator[RawSample]:
-        """512 noise images per slot, each with a caption of its own."""
-        for index in range(start, self._SLOT_SAMPLES):
+    def shard_name(self, slot: int) -> str:
+        """A name for messages."""
+        return f"synthetic slot {slot}"
+
+    def source_of(self, slot: int) -> int:
+        """There is only one source."""
+        return 0
+
+    def read_slot(self, slot: int, *, start: int, offset: int) -> Iterator[RawSample]:
+        """A few hundred noise images per slot, each with a caption of its own."""
+        for index in range(start, self.slot_samples):
             noise = np.random.default_rng(mix(self.seed, slot, index)).integers(0, 256, (8, 8, 3), dtype=np.uint8)
             height, width = self.image_size
             buffer = io.BytesIO()
             Image.fromarray(noise).resize((width, height), Image.Resampling.NEAREST).save(buffer, "JPEG")
-            caption = f"synthetic image {slot * self._SLOT_SAMPLES + index}"
+            caption = f"synthetic image {slot * self.slot_samples + index}"
             yield RawSample(f"{slot}/{index}", {"jpg": buffer.getvalue(), "txt": caption.encode()})

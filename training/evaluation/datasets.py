@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from training.config import DataConfig
-from training.data.build import resolve_dataset_type
-from training.data.csv_reader import CsvTable
+from training.data.build import read_table, resolve_dataset_type
 from training.data.shards import expand_shards, is_local
 from training.distributed.start_up import on_first_rank, spread
 from training.evaluation.prompts import Prompts, read_prompts
@@ -118,8 +117,9 @@ def open_validation_pairs(config: DataConfig, *, rank: int, world_size: int) -> 
     flag = "--val-data"
     path = config.val_data
     assert path is not None
-    if resolve_dataset_type(config, path, flag=flag) == "csv":
-        return on_first_rank(lambda: _open_csv(config, path, flag=flag), rank=rank)
+    kind = resolve_dataset_type(config, path, flag=flag)
+    if kind in ("csv", "jsonl"):
+        return on_first_rank(lambda: _open_table(config, path, kind, flag=flag), rank=rank)
     urls = on_first_rank(lambda: expand_shards(path, flag=flag).urls, rank=rank)
     images, texts = tuple(config.image_key.lower().split(";")), tuple(config.text_key.lower().split(";"))
     if not all(is_local(url) for url in urls):
@@ -190,14 +190,8 @@ def _index(
     return records
 
 
-def _open_csv(config: DataConfig, path: str, *, flag: str) -> CsvPairs:
-    table = CsvTable(
-        path,
-        separator=config.csv_separator,
-        image_column=config.csv_img_key,
-        caption_column=config.csv_caption_key,
-        flag=flag,
-    )
+def _open_table(config: DataConfig, path: str, kind: str, *, flag: str) -> CsvPairs:
+    table = read_table(config, path, kind, flag=flag)
     pairs = CsvPairs(table, flag=flag)
     for row in range(0, len(table), -(-len(table) // _FILE_CHECKS)):
         if "jpg" not in table.read_row(row).members:

@@ -5,6 +5,7 @@ A source deals its samples to ``parts``, one per loader process of each rank. Ea
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from training.data.captions import CAPTION_LIST
 from training.data.csv_reader import CsvTable, StringTable
 from training.data.decode import UnusableSample, decode_caption, first_member
 from training.data.storage import open_shard
@@ -123,8 +125,9 @@ class CsvPairs:
             row = self.table.read_row(self._rows[index])
             if "jpg" not in row.members:
                 raise ValueError(f"File {row.key!r} of {self.flag} does not exist.")
-            captions = (row.members["txt"].decode(),)
-            yield EvaluationSample(index, f"file {row.key!r}", row.members["jpg"], captions=captions)
+            listed = row.members.get(CAPTION_LIST)
+            caption = row.members["txt"].decode() if listed is None else str(json.loads(listed)[0])
+            yield EvaluationSample(index, f"file {row.key!r}", row.members["jpg"], captions=(caption,))
 
 
 class StreamedTars:

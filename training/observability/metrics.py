@@ -15,25 +15,30 @@ class StepClock:
     def reset(self) -> None:
         """Starts a new window."""
         self._start = time.perf_counter()
-        self._data_wait_s = 0.0
+        self.data_wait_s = 0.0
         self._steps = 0
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the window began; never 0."""
+        return max(time.perf_counter() - self._start, 1e-9)
 
     def add_step(self, *, data_wait_s: float) -> None:
         """Counts one finished step and the time it waited for data."""
-        self._data_wait_s += data_wait_s
+        self.data_wait_s += data_wait_s
         self._steps += 1
 
     def read(self, *, samples_per_step: int, world_size: int) -> dict[str, float]:
         """Seconds per step and samples per second, under OpenCLIP's names; ``data_wait_pct`` is ours."""
-        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        elapsed = self.elapsed_s
         steps = max(1, self._steps)
         samples_per_second = samples_per_step * self._steps / elapsed
         return {
-            "data_time": self._data_wait_s / steps,
+            "data_time": self.data_wait_s / steps,
             "batch_time": elapsed / steps,
             "samples_per_second": samples_per_second,
             "samples_per_second_per_gpu": samples_per_second / world_size,
-            "data_wait_pct": 100.0 * self._data_wait_s / elapsed,
+            "data_wait_pct": 100.0 * self.data_wait_s / elapsed,
         }
 
 

@@ -35,18 +35,31 @@ class Reporter:
         self._countdown = Countdown(total_steps=total_steps)
         self._epoch_loss = RunningMean()
 
-    def step(self, step: int, metrics: Mapping[str, float], *, samples_per_step: int, log_line: bool) -> None:
-        """Reports step number ``step`` (counted from 0): to the sinks, and as a line when ``log_line``."""
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        *,
+        samples_per_step: int,
+        log_line: bool,
+        place: int | None = None,
+    ) -> None:
+        """Reports step number ``step`` (counted from 0): to the sinks, and as a line when ``log_line``.
+
+        Args:
+            place: of the step in the schedule, where that differs (a run that went on with another global batch).
+        """
+        place = step if place is None else place
         for sink in self._sinks:
             sink.write(step, {f"train/{name}": value for name, value in metrics.items()})
-        if step % self._steps_per_epoch == 0:
+        if place % self._steps_per_epoch == 0:
             self._epoch_loss.reset()
         self._epoch_loss.add(metrics["loss"])
-        remaining_s = self._countdown.remaining_s(step + 1, step_s=metrics["batch_time"])
+        remaining_s = self._countdown.remaining_s(place + 1, step_s=metrics["batch_time"])
         if log_line:
-            logger.info("%s", self._line(step, metrics, samples_per_step=samples_per_step, remaining_s=remaining_s))
+            logger.info("%s", self._line(place, metrics, samples_per_step=samples_per_step, remaining_s=remaining_s))
         self._progress.show(
-            step=step + 1,
+            step=place + 1,
             total_steps=self._total_steps,
             samples_per_second=metrics["samples_per_second"],
             loss=metrics["loss"],

@@ -1,0 +1,131 @@
+"""Loader processes that die, fail, get signals or lose their trainer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from tests.data.stream_simulation import Job, NumberDecoder, NumberSource, ids
+from training.data.decode import Sample
+from training.data.tar_reader import RawSample
+from training.data.worker_pool import WorkerDied
+
+SIZES = [9, 14, 3, 11, 8, 6, 12]
+
+
+class KillingDecoder(NumberDecoder):
+    """Kills its own process at one sample: the first time only, or whenever it sees it."""
+
+    def __init__(self, marker: Path, *, always: bool = False) -> None:
+        super().__init__()
+        self.marker = marker
+        self.always = always
+
+    def decode(self, raw: RawSample, *, seed: int) -> Sample:
+        if raw.key.endswith("/5") and (self.always or not self.marker.exists()):
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().decode(raw, seed=seed)
+
+
+class FailingDecoder(NumberDecoder):
+    def decode(self, raw: RawSample, *, seed: int) -> Sample:
+        raise ZeroDivisionError(f"sample {raw.key}")
+
+
+def children(pid: int) -> list[int]:
+    """Processes below ``pid``, at any depth."""
+    direct = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return direct + [below for child in direct for below in children(child)]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids: list[int]) -> list[int]:
+    """The processes that are still there after ten seconds."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end and any(map(is_running, pids)):
+        time.sleep(0.05)
+    return [pid for pid in pids if is_running(pid)]
+
+
+def test_a_killed_worker_is_replaced_and_no_sample_is_lost_or_repeated(tmp_path, caplog):
+    (loader,) = Job(NumberSource(SIZES), 7, 5, KillingDecoder(tmp_path / "killed"), workers=2).loaders(1, 6)
+    batches = list(islice(loader, 6))
+    whole = Job(NumberSource(SIZES), 7, 5).run(1, 6, 6)
+    assert [ids(batch.record) for batch in batches] == whole
+    assert sum(batch.record.counts["worker_restarts"] for batch in batches) == 1
+    assert "killed by SIGKILL" in caplog.text
+
+
+def test_workers_that_die_again_and_again_end_the_run_with_the_signal_named(tmp_path):
+    (loader,) = Job(NumberSource(SIZES), 7, 5, KillingDecoder(tmp_path / "killed", always=True), workers=1).loaders(1, 6)
+    with pytest.raises(WorkerDied, match=r"worker 0 \(process \d+\): killed by SIGKILL"):
+        list(islice(loader, 30))
+
+
+def test_an_error_in_a_worker_reaches_the_trainer_as_it_is():
+    (loader,) = Job(NumberSource(SIZES), 7, 5, FailingDecoder(), workers=2).loaders(1, 6)
+    with pytest.raises(ZeroDivisionError, match="sample "):
+        next(iter(loader))
+
+
+def test_workers_ignore_the_signals_that_are_meant_for_their_trainer():
+    (loader,) = Job(NumberSource(SIZES), 7, 5, workers=2).loaders(1, 6)
+    batches = iter(loader)
+    next(batches)
+    for pid in children(os.getpid()):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(pid, number)
+    assert len(list(islice(batches, 10))) == 10
+
+
+def test_workers_end_with_the_iterator():
+    (loader,) = Job(NumberSource(SIZES), 7, 5, workers=2).loaders(1, 6)
+    batches = iter(loader)
+    next(batches)
+    pids = children(os.getpid())
+    assert len(pids) == 3
+    batches.close()  # type: ignore[attr-defined]
+    assert wait_until_gone(pids) == []
+
+
+def test_workers_end_when_their_trainer_is_killed():
+    code = f"""
+import time
+from tests.data.stream_simulation import Job, NumberSource
+(loader,) = Job(NumberSource({SIZES}), 7, 5, workers=2).loaders(1, 6)
+batches = iter(loader)
+next(batches)
+print("ready", flush=True)
+time.sleep(60)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None
+    assert trainer.stdout.readline() == "ready\n"
+    pids = children(trainer.pid)
+    assert len(pids) == 3
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    assert wait_until_gone(pids) == []
+
+
+def test_nothing_of_the_ring_is_left_in_dev_shm():
+    before = set(os.listdir("/dev/shm"))
+    (loader,) = Job(NumberSource(SIZES), 7, 5, workers=1).loaders(1, 6)
+    batches = iter(loader)
+    next(batches)
+    assert set(os.listdir("/dev/shm")) <= before

@@ -1,0 +1,127 @@
+"""Counts what was read, left out, retried and waited for; ends a run whose data are bad beyond its budget.
+
+Counters are integers by name (``Chunk.counts``). For a sum over ranks they are laid out as one vector, in a fixed
+order that all ranks know without talking.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+UNUSABLE_REASONS = (
+    "no_image",
+    "no_caption",
+    "empty_caption",
+    "caption_not_utf8",
+    "caption_too_long",
+    "json_broken",
+    "image_too_large",
+    "broken_image",
+)
+LOST_REASONS = ("shard_damaged", "shard_missing", "shard_changed", "shard_unreadable")
+COUNTERS = (
+    "read",
+    "lost_samples",
+    "bytes_read",
+    "requests",
+    "retries",
+    "cache_hits",
+    "cache_misses",
+    "worker_restarts",
+    "read_us",
+    "decode_us",
+    "tokenize_us",
+    *(f"lost/{reason}" for reason in LOST_REASONS),
+    *(f"skipped/{reason}" for reason in (*UNUSABLE_REASONS, "other")),
+)
+_FEWEST_SAMPLES = 1000
+"""Read before the budget is looked at."""
+_SHOWN_SHARDS = 5
+
+
+class DataBudgetExceeded(SystemExit):
+    """More of the data is unusable than ``--max-bad-samples`` allows; the exit code says: do not start again."""
+
+    EXIT_CODE = 94
+
+    def __init__(self, message: str) -> None:
+        super().__init__(self.EXIT_CODE)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def to_vector(counts: Mapping[str, int], *, num_sources: int) -> list[float]:
+    """The counters in the order of ``COUNTERS``, then samples by source."""
+    known = set(COUNTERS)
+    other = sum(count for name, count in counts.items() if name.startswith("skipped/") and name not in known)
+    values = [float(counts.get(name, 0)) for name in COUNTERS]
+    values[COUNTERS.index("skipped/other")] += other
+    return values + [float(counts.get(f"source/{source}", 0)) for source in range(num_sources)]
+
+
+def from_vector(values: Sequence[float]) -> Counter[str]:
+    """The inverse of ``to_vector``."""
+    counts = Counter({name: round(value) for name, value in zip(COUNTERS, values, strict=False) if value})
+    for source, value in enumerate(values[len(COUNTERS) :]):
+        counts[f"source/{source}"] = round(value)
+    return counts
+
+
+def skipped(counts: Mapping[str, int]) -> int:
+    """Samples that were read and could not be used."""
+    return sum(count for name, count in counts.items() if name.startswith("skipped/"))
+
+
+def bad_fraction(counts: Mapping[str, int]) -> float:
+    """Unusable samples among those there should have been; of lost shards, as many as a shard holds on average."""
+    lost = counts.get("lost_samples", 0)
+    return (skipped(counts) + lost) / max(1, counts.get("read", 0) + lost)
+
+
+@dataclass(frozen=True)
+class BadSampleBudget:
+    """The limit of ``--max-bad-samples``."""
+
+    limit: float
+
+    def check(self, counts: Mapping[str, int], *, worst_shards: Callable[[], Counter[str]]) -> None:
+        """
+        Args:
+            counts: of all ranks, so that all of them decide alike.
+            worst_shards: bad samples by shard, of all ranks; asked only when the budget is spent.
+
+        Raises:
+            DataBudgetExceeded: with the reasons and the shards that contribute most.
+        """
+        fraction = bad_fraction(counts)
+        if fraction <= self.limit or counts.get("read", 0) + counts.get("lost_samples", 0) < _FEWEST_SAMPLES:
+            return
+        reasons = {
+            name.partition("/")[2]: count for name, count in counts.items() if name.startswith(("skipped/", "lost/"))
+        }
+        worst = ", ".join(f"{shard} ({count})" for shard, count in worst_shards().most_common(_SHOWN_SHARDS))
+        raise DataBudgetExceeded(
+            f"{100 * fraction:.1f} % of the samples cannot be used, more than --max-bad-samples {self.limit} allows: "
+            f"{reasons}. Worst shards: {worst}. `clipyard data inspect` shows why; raise --max-bad-samples (1: no "
+            "limit) to go on with --resume latest."
+        )
+
+
+def data_metrics(counts: Mapping[str, int], *, before: Mapping[str, int], elapsed_s: float) -> dict[str, float]:
+    """What is logged: totals since the run began, rates since ``before``, reasons that occurred."""
+    read = counts.get("read", 0) - before.get("read", 0)
+    metrics = {
+        "data/read": float(counts.get("read", 0)),
+        "data/bad_fraction": bad_fraction(counts),
+        "data/gb_read": counts.get("bytes_read", 0) / 1e9,
+        "data/mb_per_second": (counts.get("bytes_read", 0) - before.get("bytes_read", 0)) / 1e6 / elapsed_s,
+    }
+    for stage in ("read", "decode", "tokenize"):
+        name = f"{stage}_us"
+        metrics[f"data/{name}_per_sample"] = (counts.get(name, 0) - before.get(name, 0)) / max(1, read)
+    occurred = ("lost/", "skipped/", "retries", "cache_hits", "cache_misses", "worker_restarts", "lost_samples")
+    return metrics | {f"data/{name}": float(n) for name, n in counts.items() if n and name.startswith(occurred)}

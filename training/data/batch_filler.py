@@ -1,0 +1,152 @@
+"""What one loader worker does: takes its lanes' samples in turn, decodes them, and writes them into a batch's rows.
+
+Row i of a rank's batch comes from lane (cursor + i) mod n of the rank's n lanes, and worker m of M serves the lanes
+m, m+M, ...: the workers share the work, and their number changes nothing in what a batch holds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from training.data.batch import BatchBuffers
+from training.data.decode import Sample, UnusableSample
+from training.data.lane_reader import Fault, LaneReader, Source
+from training.data.lanes import Deal, LanePosition, mix
+from training.data.tar_reader import RawSample
+
+_MAX_UNUSABLE_IN_A_ROW = 1000
+_READ_AHEAD_THREADS = 4
+
+
+class Decoder(Protocol):
+    """``training.data.decode.SampleDecoder``, or anything that decodes like it."""
+
+    def decode(self, raw: RawSample, *, seed: int) -> Sample:
+        """Raises UnusableSample."""
+
+
+class TokenizeFunction(Protocol):
+    """Texts to ids [n, L]."""
+
+    def __call__(self, texts: Sequence[str], /) -> Tensor:
+        """int64 [n, L]"""
+
+
+@dataclass(frozen=True)
+class RankStream:
+    """A rank's stream from where it stands. Pickled once for all workers of the rank."""
+
+    source: Source
+    decoder: Decoder
+    tokenizer: TokenizeFunction
+    deal: Deal
+    lanes: range
+    positions: tuple[LanePosition, ...]
+    """One per lane of ``lanes``."""
+    cursor: int
+    """Index into ``lanes`` of the next sample's lane."""
+    batch_size: int
+
+
+class Chunk(NamedTuple):
+    """What a worker reports of its rows of one batch."""
+
+    positions: dict[int, LanePosition]
+    """By index into the rank's lanes, of the lanes that gave a sample."""
+    counts: Counter[str]
+    """``read``, ``bytes``, ``retries``..., ``skipped/REASON``, ``source/N``, and microseconds ``decode_us`` ..."""
+    bad_shards: Counter[str]
+    """Unusable samples by shard."""
+    faults: list[Fault]
+
+
+class BatchFiller:
+    """Fills its rows of one batch after another, for ever."""
+
+    def __init__(self, stream: RankStream, *, worker: int = 0, num_workers: int = 1, read_ahead: bool = False) -> None:
+        self._stream = stream
+        self._worker = worker
+        self._num_workers = num_workers
+        self._cursor = stream.cursor
+        executor = ThreadPoolExecutor(_READ_AHEAD_THREADS, "read-ahead") if read_ahead else None
+        # Opened in the order in which they are needed.
+        turns = [(stream.cursor + turn) % len(stream.lanes) for turn in range(len(stream.lanes))]
+        self._readers = {
+            index: LaneReader(
+                stream.source, stream.deal, stream.lanes[index], stream.positions[index], executor=executor
+            )
+            for index in turns
+            if index % num_workers == worker
+        }
+        self._storage_counts: Counter[str] = Counter()
+
+    def fill(self, buffers: BatchBuffers) -> Chunk:
+        """Writes this worker's rows of the next batch.
+
+        Raises:
+            ValueError: none of very many samples in a row can be used.
+        """
+        stream = self._stream
+        chunk = Chunk({}, Counter(), Counter(), [])
+        rows: list[int] = []
+        captions: list[str] = []
+        for row in range(stream.batch_size):
+            index = (self._cursor + row) % len(stream.lanes)
+            if index % self._num_workers == self._worker:
+                captions.append(self._fill_row(buffers, row, index, chunk))
+                rows.append(row)
+        self._cursor = (self._cursor + stream.batch_size) % len(stream.lanes)
+        if rows:
+            start = time.perf_counter()
+            buffers.texts[torch.tensor(rows)] = stream.tokenizer(captions)
+            chunk.counts["tokenize_us"] += _microseconds_since(start)
+        self._count_storage(chunk.counts)
+        return chunk
+
+    def _fill_row(self, buffers: BatchBuffers, row: int, index: int, chunk: Chunk) -> str:
+        """Decodes the lane's next usable sample into a row, counting what is left out; returns the caption."""
+        stream, reader, counts = self._stream, self._readers[index], chunk.counts
+        for _ in range(_MAX_UNUSABLE_IN_A_ROW):
+            start = time.perf_counter()
+            taken = reader.take(chunk.faults)
+            counts["read_us"] += _microseconds_since(start)
+            counts["read"] += 1
+            start = time.perf_counter()
+            try:
+                sample = stream.decoder.decode(taken.raw, seed=mix(stream.deal.seed, *taken.id))
+            except UnusableSample as fault:
+                counts[f"skipped/{fault.reason}"] += 1
+                chunk.bad_shards[stream.source.shard_name(taken.id.slot)] += 1
+                continue
+            buffers.images[row].copy_(sample.image)
+            counts["decode_us"] += _microseconds_since(start)
+            source = stream.source.source_of(taken.id.slot)
+            counts[f"source/{source}"] += 1
+            buffers.samples[row] = torch.tensor((*taken.id, source))
+            chunk.positions[index] = taken.position
+            return sample.caption
+        reasons = {name: count for name, count in counts.items() if name.startswith("skipped/")}
+        raise ValueError(
+            f"{_MAX_UNUSABLE_IN_A_ROW} samples in a row cannot be used (last: {taken.raw.key!r} of "
+            f"{stream.source.shard_name(taken.id.slot)} with members {sorted(taken.raw.members)}; {reasons}): check "
+            "--train-data, --image-key and --text-key."
+        )
+
+    def _count_storage(self, counts: Counter[str]) -> None:
+        storage = getattr(self._stream.source, "storage", None)
+        if storage is not None:
+            now = Counter(storage.counters)
+            counts.update(now - self._storage_counts)
+            self._storage_counts = now
+
+
+def _microseconds_since(start: float) -> int:
+    return round((time.perf_counter() - start) * 1e6)

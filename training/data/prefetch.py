@@ -1,0 +1,105 @@
+"""Brings batches to the device ahead of the step that needs them.
+
+    loader (shared memory, pinned) --side stream: copy, normalise--> DeviceBatch --queue of one--> step (main stream)
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from training.data.batch import Batch, DeviceBatch
+
+_POLL_S = 0.2
+
+
+def load_to_device(
+    batches: Iterator[Batch], *, to_device: Callable[[Batch], DeviceBatch], device: torch.device
+) -> Iterator[DeviceBatch]:
+    """The batches on the device, in order; on CUDA one is copied while the step works on the one before."""
+    if device.type != "cuda":
+        return map(to_device, batches)
+    return _prefetch(batches, to_device=to_device, device=device)
+
+
+def pin(memory: Tensor) -> None:
+    """Makes a tensor's memory page-locked, so that copies to a GPU run beside its computation.
+
+    Raises:
+        RuntimeError: the system allows no more locked memory.
+    """
+    status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+    if int(status) != 0:
+        raise RuntimeError(
+            f"{memory.nbytes / 2**20:.0f} MiB of loader memory cannot be page-locked (CUDA error {int(status)}): raise "
+            "`ulimit -l`, or lower --batch-size."
+        )
+
+
+def _prefetch(
+    batches: Iterator[Batch], *, to_device: Callable[[Batch], DeviceBatch], device: torch.device
+) -> Iterator[DeviceBatch]:
+    ready: queue.Queue[tuple[DeviceBatch, torch.cuda.Event] | BaseException] = queue.Queue(maxsize=1)
+    stopped = threading.Event()
+    arguments = (batches, to_device, device, ready, stopped)
+    thread = threading.Thread(target=_copy_batches, args=arguments, name="device-prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            batch, copied = item
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(copied)
+            for tensor in (batch.images, batch.texts, batch.sources):
+                if tensor is not None:
+                    tensor.record_stream(stream)  # made on the side stream: not to be reused before this one is done
+            yield batch
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _copy_batches(
+    batches: Iterator[Batch],
+    to_device: Callable[[Batch], DeviceBatch],
+    device: torch.device,
+    ready: queue.Queue[tuple[DeviceBatch, torch.cuda.Event] | BaseException],
+    stopped: threading.Event,
+) -> None:
+    """The thread. It alone reads the loader; what it hands over is committed by the trainer, batch by batch."""
+    try:
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            for batch in batches:
+                on_device = to_device(batch)
+                copied = torch.cuda.Event()
+                copied.record(stream)
+                copied.synchronize()  # of this thread only: the loader may write to the batch's memory from here on
+                if not _put(ready, (on_device, copied), stopped):
+                    return
+    except BaseException as error:
+        _put(ready, error, stopped)
+    finally:
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
+
+
+def _put(
+    ready: queue.Queue[tuple[DeviceBatch, torch.cuda.Event] | BaseException],
+    item: tuple[DeviceBatch, torch.cuda.Event] | BaseException,
+    stopped: threading.Event,
+) -> bool:
+    while not stopped.is_set():
+        try:
+            ready.put(item, timeout=_POLL_S)
+            return True
+        except queue.Full:
+            continue
+    return False
