@@ -125,6 +125,17 @@ def test_bombs_are_refused_from_their_header_without_memory() -> None:
     assert time.process_time() - start < 1
 
 
+@pytest.mark.parametrize("decode", [_transform(), lambda data, seed: decode_image(data)])
+def test_jpegs_of_very_many_scans_are_refused_at_once(decode: Any) -> None:
+    data = encode(Image.new("L", (3000, 3000), 90), progressive=True)
+    last_scan = data[data.rindex(b"\xff\xda") : -2]
+    assert decode(data, seed=0) is not None
+    start = time.process_time()
+    with pytest.raises(UnusableSample, match="broken_image"):
+        decode(data[:-2] + last_scan * 2000 + data[-2:], seed=0)  # the last scan again and again: 40 s of decoding
+    assert time.process_time() - start < 0.5
+
+
 def test_programs_disguised_as_images_are_never_run() -> None:
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n"
     with pytest.raises(UnusableSample, match="broken_image"):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from training.data.augmentation import Augmentation
 from training.data.color import to_grey
-from training.data.image_file import check_size, decode_image
+from training.data.image_file import check_scans, check_size, decode_image
 from training.data.jpeg import decode_jpeg_crop, read_jpeg_size
 
 _INTERPOLATIONS = ("bilinear", "bicubic")
@@ -55,6 +55,7 @@ class FastTransform:
         if size is None:
             return None
         check_size(size.width, size.height, max_pixels=max_pixels)
+        check_scans(data)
         box = self.augmentation.crop.draw(*size, rng)
         pixels = decode_jpeg_crop(data, size, box, target=self.size)
         return None if pixels is None else torch.from_numpy(pixels)

@@ -21,6 +21,11 @@ _FORMATS = (
 """Plain raster formats. Not in the list: those that start another program, as EPS does with Ghostscript."""
 
 
+JPEG_SIGNATURE = b"\xff\xd8\xff"
+_START_OF_SCAN = b"\xff\xda"
+_MAX_SCANS = 100
+
+
 class UnusableSample(Exception):
     """A permanent fault of one sample. ``reason`` is one of a few words, so that faults can be counted."""
 
@@ -46,6 +51,32 @@ def check_size(width: int, height: int, *, max_pixels: int) -> None:
         raise UnusableSample("image_too_large")
 
 
+def check_scans(data: bytes) -> None:
+    """Refuses JPEGs of very many scans: each costs a pass over the image, and a hostile file has thousands in 100 kB.
+
+    Raises:
+        UnusableSample: ``broken_image``.
+    """
+    # Counting takes 1 us per kB, so only where there can be more than a few: ordinary encoders write about ten.
+    if _is_progressive_jpeg(data) and data.count(_START_OF_SCAN) > _MAX_SCANS:
+        raise UnusableSample("broken_image")
+
+
+def _is_progressive_jpeg(data: bytes) -> bool:
+    """Whether the frame is progressive, or begins with a scan of some of its components only."""
+    place, components = 2, 0
+    while data[place : place + 1] == b"\xff" and place + 4 < len(data):
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker == 0xC2:
+            return True
+        if marker in (0xC0, 0xC1):
+            components = data[place + 9] if place + 9 < len(data) else 0
+        elif marker == 0xDA:
+            return data[place + 4] != components
+        place += 1 if marker == 0xFF else 2 + length  # markers may be padded with FF
+    return True
+
+
 def decode_image(data: bytes, *, max_pixels: int = 0) -> Image.Image:
     """An RGB image as OpenCLIP sees it: the first frame, EXIF orientation ignored, alpha dropped.
 
@@ -54,6 +85,8 @@ def decode_image(data: bytes, *, max_pixels: int = 0) -> Image.Image:
     Raises:
         UnusableSample: ``image_too_large`` or ``broken_image``.
     """
+    if data.startswith(JPEG_SIGNATURE):
+        check_scans(data)
     try:
         with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
             check_size(image.width, image.height, max_pixels=max_pixels)

@@ -8,10 +8,10 @@ import numpy as np
 import simplejpeg
 
 from training.data.crop import CropBox
+from training.data.image_file import JPEG_SIGNATURE
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
-_SIGNATURE = b"\xff\xd8\xff"
 _COLORSPACES = ("YCbCr", "Gray", "RGB")
 """The others are CMYK, whose conversion to RGB is Pillow's to make."""
 _FACTORS = (8, 4, 2)
@@ -29,7 +29,7 @@ class JpegSize(NamedTuple):
 
 def read_jpeg_size(data: bytes) -> JpegSize | None:
     """The size from the header (1 us); None if this is no JPEG, or one that only Pillow should judge."""
-    if not data.startswith(_SIGNATURE):
+    if not data.startswith(JPEG_SIGNATURE):
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
