@@ -78,6 +78,11 @@ def test_a_single_strength_leaves_the_hue_alone() -> None:
     assert ColorJitter.of_strengths((0.0, 2.0, 0.1)) == (None, (0.0, 3.0), (0.9, 1.1), None)
 
 
+def test_a_hue_beyond_half_of_the_circle_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"hue strength of 0.6: pass at most 0.5"):
+        ColorJitter.of_strengths((0.1, 0.1, 0.1, 0.6))
+
+
 def test_whole_chains_agree_with_torchvisions() -> None:
     image, factors = IMAGES[0], [("saturation", 1.3), ("brightness", 0.8), ("hue", 0.06), ("contrast", 1.25)]
     planes = _planes(image)

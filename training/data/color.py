@@ -29,9 +29,17 @@ class ColorJitter(NamedTuple):
 
     @classmethod
     def of_strengths(cls, strengths: float | Sequence[float]) -> ColorJitter:
-        """From ``color_jitter``: one number for the first three, or three or four. Factors are 1 +- strength."""
+        """From ``color_jitter``: one number for the first three, or three or four. Factors are 1 +- strength.
+
+        Raises:
+            ValueError: the hue would turn by more than half of the circle.
+        """
         values = list(strengths) if isinstance(strengths, Sequence) else [float(strengths)] * 3
         brightness, contrast, saturation, hue = (*values, 0.0, 0.0, 0.0, 0.0)[:4]
+        if hue > 0.5:
+            raise ValueError(
+                f"--aug-cfg color_jitter has a hue strength of {hue}: pass at most 0.5, half of the circle."
+            )
         return cls(
             _around_one(brightness), _around_one(contrast), _around_one(saturation), (-hue, hue) if hue else None
         )
