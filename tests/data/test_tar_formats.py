@@ -360,3 +360,25 @@ def test_a_missing_block_anywhere_before_the_last_shows() -> None:
     for missing in range(14):
         _, error = _until_error(b"".join(block for i, block in enumerate(blocks) if i != missing) + END)
         assert error is not None
+
+
+@settings(max_examples=200, deadline=None)
+@given(contents, formats, st.lists(st.tuples(st.integers(0, 1 << 20), st.binary(min_size=1, max_size=14)), max_size=3))
+def test_headers_of_any_content_and_a_right_checksum_are_read_or_refused(
+    samples: list[dict[str, bytes]], format: int, edits: list[tuple[int, bytes]]
+) -> None:
+    archive = bytearray(_write(_keyed(samples), format=format))
+    headers = [member.data_offset - BLOCK_BYTES for member in read_members(io.BytesIO(bytes(archive)))]
+    for place, data in edits:
+        start = headers[place % len(headers)]
+        field = start + [0, 100, 124, 156, 257, 345][place // 100 % 6]
+        archive[field : field + len(data)] = data
+        archive[start + 148 : start + 156] = b" " * 8
+        archive[start + 148 : start + 156] = b"%06o\x00 " % sum(archive[start : start + BLOCK_BYTES])
+    _until_error(bytes(archive))  # raises nothing but TarError
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("0123456789 =ab\n\x00", max_size=40))
+def test_pax_records_of_any_content_are_read_or_refused(text: str) -> None:
+    _until_error(_member("pax", text.encode(), kind=tarfile.XHDTYPE) + _member("a.txt") + END)

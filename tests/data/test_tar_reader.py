@@ -95,9 +95,25 @@ def test_two_neighbours_with_the_same_name_are_two_samples(tmp_path: Path) -> No
     assert [sample.members["txt"] for sample in _read(data)] == [b"1", b"2"]
 
 
-def test_a_malformed_pax_record_is_an_error() -> None:
+@pytest.mark.parametrize(
+    "records",
+    [
+        b"9999",
+        b"0 a=b\n",  # a length that leads nowhere must not be followed for ever
+        b"1 a=b\n",
+        b"00000 a=b\n",
+        b"-6 a=b\n",
+        b"6 ab\n6 a=b\n",
+        b"7 a=b\n",
+        b"6 a=bc\n",
+        b"6 a=b",
+        b" 6 a=b\n",
+        b"a=b\n",
+    ],
+)
+def test_a_malformed_pax_record_is_an_error(records: bytes) -> None:
     info = tarfile.TarInfo("x")
     info.type = tarfile.XHDTYPE
-    info.size = 4
-    with pytest.raises(TarError, match="malformed pax record"):
-        _read(info.tobuf(tarfile.USTAR_FORMAT) + b"9999".ljust(512, b"\x00") + bytes(1024))
+    info.size = len(records)
+    with pytest.raises(TarError, match="malformed pax record at byte 0"):
+        _read(info.tobuf(tarfile.USTAR_FORMAT) + records.ljust(512, b"\x00") + bytes(1024))

@@ -130,8 +130,9 @@ def parse_pax(data: bytes, *, offset: int) -> PaxRecords:
     position = 0
     while position < len(data) and data[position]:  # a NUL ends the records
         digits = data[position : position + 8].partition(b" ")[0]
+        start = position + len(digits) + 1
         end = position + (int(digits) if digits.isdigit() else 0)
-        field, equals, value = data[position + len(digits) + 1 : end - 1].partition(b"=")
+        field, equals, value = data[start : max(start, end - 1)].partition(b"=")
         if not equals or end > len(data) or data[end - 1] != ord("\n"):
             raise TarError(f"malformed pax record at byte {offset}", offset)
         if field == b"path":
