@@ -33,8 +33,8 @@ class DataConfig:
     """Caption field(s) of the .json member, ``;`` between several."""
     json_text_key_probs: tuple[float, ...] | None = None
     """How often each of them is taken; None: the first that is there."""
-    max_image_pixels: int = 178_956_970
-    """Larger images are skipped before they are decoded, and counted; 0 is no limit. Pillow's own bomb limit."""
+    max_image_pixels: int = 89_478_485
+    """Larger images are skipped before they are decoded, and counted; 0 is no limit. Where Pillow begins to warn."""
     data_lanes: int = 0
     """Streams that the data is dealt to, whatever the number of ranks; 0 chooses, or keeps a resumed run's."""
     shuffle_block: int = 0
