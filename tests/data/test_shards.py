@@ -1,9 +1,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import threading
 import time
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,4 +151,69 @@ def test_broken_counts_are_errors_that_name_the_file(tmp_path: Path, name: str, 
     (tmp_path / "sizes.json").unlink()
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
+        count_samples(shards)
+
+
+class _Files(BaseHTTPRequestHandler):
+    """A directory over HTTP, in ranges; what is called ``denied`` is not for everybody."""
+
+    def __init__(self, directory: Path, *args: Any) -> None:
+        self.directory = directory
+        super().__init__(*args)
+
+    def do_GET(self) -> None:
+        file = self.directory / self.path.lstrip("/")
+        if "denied" in self.path or not file.is_file():
+            self.send_error(403 if "denied" in self.path else 404)
+            return
+        data = file.read_bytes()
+        first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+        part = data[int(first) : int(last) + 1 if last else None]
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
+        self.end_headers()
+        self.wfile.write(part)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def file_server(tmp_path: Path) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, tmp_path))
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("command", ["", "pipe:curl -s "])
+def test_remote_samples_are_counted_beside_the_shards(file_server: str, tmp_path: Path, command: str) -> None:
+    write_shards(tmp_path, shards=3, samples=5)
+    shards = expand_shards(f"{command}{file_server}/{{000..002}}.tar")
+    assert count_samples(shards) == 15
+    (tmp_path / "sizes.json").unlink()
+    assert count_samples(shards) is None
+
+
+def test_samples_are_counted_at_the_endpoint_that_a_pipe_names(file_server: str, tmp_path: Path) -> None:
+    write_shards(tmp_path / "bucket" / "a", shards=3, samples=5)
+    pattern = "s3://bucket/a/{000..002}.tar"
+    shards = expand_shards(f"pipe:aws s3 cp {pattern} - --endpoint-url {file_server} --no-sign-request")
+    assert count_samples(shards) == 15
+
+
+def test_counts_that_may_not_be_read_are_unknown_with_a_warning(
+    file_server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert count_samples(expand_shards(f"{file_server}/denied/{{0..1}}.tar")) is None
+    assert "denied/0.tar' could not be read" in caplog.text
+
+
+def test_counts_that_are_no_text_are_an_error(tmp_path: Path) -> None:
+    shards = expand_shards(write_shards(tmp_path, shards=1, samples=1))
+    (tmp_path / "sizes.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"sizes.json' is not UTF-8 text"):
         count_samples(shards)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -18,6 +19,11 @@ from typing import NamedTuple
 import braceexpand
 import numpy as np
 import numpy.typing as npt
+
+from training.data.aws_command import parse_s3_copy
+from training.data.storage_errors import ShardMissing, StorageError
+
+logger = logging.getLogger(__name__)
 
 PIPE_PREFIX = "pipe:"
 _GLOB_CHARACTERS = frozenset("*?[")
@@ -153,33 +159,48 @@ def count_samples(shards: ShardList) -> int | None:
         ValueError: one of these files is broken.
     """
     by_directory: dict[str, list[str]] = {}
+    first_urls: dict[str, str] = {}
     for url in shards.urls:
         location = storage_location(url)
         if location is None:
             return None
         directory, _, name = location.rpartition("/")
         by_directory.setdefault(directory or ".", []).append(name)
+        first_urls.setdefault(directory or ".", url)
     total = 0
     for directory, names in by_directory.items():
-        count = _count_in_directory(directory, names)
+        count = _count_in_directory(directory, names, first_urls[directory])
         if count is None:
             return None
         total += count
     return total
 
 
-def _count_in_directory(directory: str, names: Sequence[str]) -> int | None:
-    sizes_url, length_url = f"{directory}/sizes.json", f"{directory}/__len__"
-    text = read_text(sizes_url)
-    if text is not None:
-        return _sum_sizes(sizes_url, text, names)
-    text = read_text(length_url)
+def _count_in_directory(directory: str, names: Sequence[str], shard_url: str) -> int | None:
+    sizes_url = _beside(shard_url, f"{directory}/sizes.json")
+    length_url = _beside(shard_url, f"{directory}/__len__")
+    try:
+        text = read_text(sizes_url)
+        if text is not None:
+            return _sum_sizes(sizes_url, text, names)
+        text = read_text(length_url)
+    except StorageError as error:
+        # S3 answers 403 for a file that is not there to whoever may not list; and the shards themselves will tell.
+        logger.warning("The number of samples beside %r could not be read: %s", shard_url, error)
+        return None
     if text is None:
         return None
     try:
         return int(text)
     except ValueError:
         raise ValueError(f"{length_url!r} holds no number ({text[:40]!r}): correct or remove it.") from None
+
+
+def _beside(shard_url: str, location: str) -> str:
+    """How to read ``location``: as the shard, with its endpoint and profile, if that is an ``aws s3 cp``."""
+    if shard_url.startswith(PIPE_PREFIX) and parse_s3_copy(shard_url.removeprefix(PIPE_PREFIX)) is not None:
+        return shard_url.replace(str(storage_location(shard_url)), location)
+    return location
 
 
 def _sum_sizes(url: str, text: str, names: Sequence[str]) -> int | None:
@@ -200,13 +221,19 @@ def _sum_sizes(url: str, text: str, names: Sequence[str]) -> int | None:
 
 
 def read_text(url: str) -> str | None:
-    """A small file beside the shards; None if there is none."""
-    from training.data.storage import ShardMissing, Storage  # it knows shards' URLs from this module
+    """A small file, local or remote; None if there is none.
+
+    Raises:
+        StorageError: it cannot be read. ValueError: it is not text.
+    """
+    from training.data.storage import Storage  # storage imports this module
 
     try:
-        return Storage().read_bytes(url).decode()
+        return Storage().read_bytes(url).decode("utf-8")
     except ShardMissing:
         return None
+    except UnicodeDecodeError:
+        raise ValueError(f"{url!r} is not UTF-8 text: correct or remove it.") from None
 
 
 def require_num_samples(num_samples: int | None, shards: ShardList, *, flag: str) -> int:
