@@ -11,3 +11,5 @@ os.environ.setdefault("WANDB_MODE", "offline")
 # A launcher's variables in the developer's shell must not turn a single-process test into rank 3 of 8.
 for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
     os.environ.pop(_name, None)
+
+from tests.s3.fixtures import object_server, s3  # noqa: E402, F401 - fixtures of all tests
