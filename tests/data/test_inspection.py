@@ -98,6 +98,15 @@ def test_inspect_takes_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "4 shards of 2 sources, 4 samples by sizes.json" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("none/*.tar", "No shard matches"), ("none.yaml", "Manifest 'none.yaml' does not exist")],
+)
+def test_inspect_of_nothing_is_one_line(url: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "inspect", url]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_index_writes_counts_and_offsets_that_reading_may_begin_at(tmp_path: Path) -> None:
     pattern = write_shards(tmp_path, shards=2, samples=5)
     (tmp_path / "sizes.json").write_text('{"000.tar": 99, "other.tar": 7}')

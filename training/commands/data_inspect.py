@@ -18,6 +18,7 @@ from training.data.contact_sheet import paint_sheet
 from training.data.inspection import Broken, CountTokens, Findings, Inspector, spread
 from training.data.manifest import read_manifest
 from training.data.shards import ShardList, count_samples, expand_shards
+from training.data.storage_errors import StorageError
 
 COLUMNS, ROWS = 7, 4
 _LISTED = 20
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
             num_cells=COLUMNS * ROWS,
         )
         counted = count_samples(shards)
-    except ValueError as error:
+    except (ValueError, StorageError) as error:
         sys.stderr.write(f"clipyard data inspect: {error}\n")
         return 1
     for url, limit in ((url, None) for url in shards.urls) if args.all else spread(shards.urls, args.samples):
