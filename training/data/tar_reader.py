@@ -36,6 +36,8 @@ __all__ = [
 
 MAX_MEMBER_BYTES = 1 << 30
 _ONE_READ_BYTES = 1 << 15
+_READ_OVER_BYTES = 1 << 12
+"""Data up to here are read and dropped, which costs less than a skip."""
 _DISCARD_BYTES = 1 << 20
 _REGULAR = frozenset(b"\x0007")
 _NO_DATA = frozenset(b"123456")
@@ -234,8 +236,10 @@ class _Walker:
         self._announce(at)
 
     def _take_header(self) -> bytes:
-        if self._unread:
+        if self._unread > _READ_OVER_BYTES:
             self._skip(self._unread)
+        elif self._unread:
+            self.read_data()
         header = self._header
         if len(header) < BLOCK_BYTES:
             header += self._read_up_to(BLOCK_BYTES - len(header))
