@@ -72,6 +72,7 @@ def test_every_number_has_a_range(field_name):
         ("--json-text-key-probs 1", "--json-text-key-probs 1.0 weighs the fields of --json-text-key"),
         ("--json-text-key a --json-text-key-probs 1 1", "has more numbers than --json-text-key a has fields"),
         ("--json-text-key a --json-text-key-probs 0", "must be numbers of at least 0, not all 0"),
+        ("--json-text-key 'a;a'", "--json-text-key a;a must name one or more different fields"),
         ("--max-bad-samples 1.5", "--max-bad-samples 1.5 must be at least 0 and at most 1"),
         ("--loss-dist-impl ring", "--loss-dist-impl 'ring' is not one of bidir, shift, reduce, gather"),
     ],

@@ -32,7 +32,7 @@ class DataConfig:
     json_text_key: str | None = None
     """Caption field(s) of the .json member, ``;`` between several."""
     json_text_key_probs: tuple[float, ...] | None = None
-    """How often each of them is taken; None: the first that is there."""
+    """How often each of them is taken; None: the first that holds text."""
     max_image_pixels: int = 89_478_485
     """Larger images are skipped before they are decoded, and counted; 0 is no limit. Where Pillow begins to warn."""
     data_lanes: int = 0

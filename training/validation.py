@@ -209,6 +209,10 @@ def _data_problems(config: Config) -> Iterator[str]:
         )
     if data.train_data_manifest is not None:
         yield from _manifest_problems(data)
+    if data.json_text_key is not None:
+        fields = [part.strip() for part in data.json_text_key.split(";")]
+        if not all(fields) or len(set(fields)) < len(fields):
+            yield f"--json-text-key {data.json_text_key} must name one or more different fields, `;` between them."
     if data.json_text_key_probs is not None:
         yield from _json_text_problems(data.json_text_key, data.json_text_key_probs)
     if data.s3_native == "off" and data.cache_shards is not None and (data.train_data or "").startswith("pipe:"):
@@ -405,6 +409,11 @@ def _inert_groups(config: Config) -> list[tuple[bool, str, tuple[str, ...]]]:
             dataset_type in ("csv", "jsonl", "synthetic"),
             f"--dataset-type {dataset_type} reads no shards",
             ("dataset_resampled", "image_key", "text_key", "json_text_key", "s3_native", "cache_shards"),
+        ),
+        (
+            config.data.json_text_key is not None,
+            "--json-text-key reads captions from .json members",
+            ("text_key",),
         ),
         (config.data.cache_shards is None, "--cache-shards is not given", ("cache_gib",)),
         (not has_zero_shot, "no zero-shot data is given (--imagenet-val, --zeroshot-data)", ("zeroshot_frequency",)),

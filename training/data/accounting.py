@@ -17,6 +17,7 @@ UNUSABLE_REASONS = (
     "caption_not_utf8",
     "caption_too_long",
     "json_broken",
+    "json_too_large",
     "image_too_large",
     "broken_image",
 )

@@ -90,7 +90,7 @@ def shard_of_slot(slot: int, *, num_shards: int, seed: int) -> int:
 
 def slot_draw(slot: int, *, seed: int) -> float:
     """Resampled mode: the slot's own uniform number in [0, 1), whatever was drawn for the others."""
-    return mix(seed, slot) / 2**64
+    return (mix(seed, slot) >> 11) / 2**53  # the bits that a float has: 64 of them could round to 1
 
 
 def drawn_shard(slot: int, *, cumulative_weights: npt.NDArray[np.float64], seed: int) -> int:
