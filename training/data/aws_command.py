@@ -5,18 +5,19 @@ from __future__ import annotations
 import shlex
 from typing import NamedTuple
 
-_IGNORED_SWITCHES = frozenset({"--quiet", "--no-progress", "--only-show-errors", "--no-guess-mime-type"})
+_SWITCHES = frozenset({"--quiet", "--no-progress", "--only-show-errors"})
 _VALUE_FLAGS = {"--endpoint-url": "endpoint", "--region": "region", "--profile": "profile"}
-_IGNORED_VALUE_FLAGS = frozenset({"--cli-read-timeout", "--cli-connect-timeout", "--expected-size"})
-_SHELL = frozenset("|&;<>$`()*?#~\n")
+_IGNORED_VALUE_FLAGS = frozenset({"--expected-size"})
+_SHELL = frozenset("|&;<>$`(){}[]*?#~\n\\")
+"""Whatever the shell would act on: such a command is run, not read."""
 
 
 class S3Copy(NamedTuple):
     """What the command reads."""
 
     url: str
-    settings: dict[str, str]
-    """endpoint, region, profile, anonymous: as given on its line."""
+    settings: tuple[tuple[str, str], ...]
+    """endpoint, region, profile, anonymous: as given on its line, sorted."""
 
 
 def parse_s3_copy(command: str) -> S3Copy | None:
@@ -34,18 +35,23 @@ def parse_s3_copy(command: str) -> S3Copy | None:
     rest = iter(words[1:])
     for word in rest:
         name, equals, value = word.partition("=")
-        if word == "--no-sign-request":
+        if name in _VALUE_FLAGS or name in _IGNORED_VALUE_FLAGS:
+            value = value if equals else next(rest, "")
+            if not value or value.startswith("-"):
+                return None
+            if name in _VALUE_FLAGS:
+                settings[_VALUE_FLAGS[name]] = value
+        elif word == "--no-sign-request":
             settings["anonymous"] = "true"
-        elif name in _VALUE_FLAGS:
-            settings[_VALUE_FLAGS[name]] = value if equals else next(rest, "")
-        elif name in _IGNORED_VALUE_FLAGS:
-            if not equals:
-                next(rest, "")
-        elif word.startswith("--"):
-            if word not in _IGNORED_SWITCHES:
+        elif word.startswith("-") and word != "-":
+            if word not in _SWITCHES:
                 return None
         else:
             places.append(word)
     if len(places) != 4 or places[:2] != ["s3", "cp"] or not places[2].startswith("s3://") or places[3] != "-":
         return None
-    return S3Copy(places[2], settings)
+    bucket, _, key = places[2].removeprefix("s3://").partition("/")
+    # Access point names and keys with empty or dotted parts: the command can, our client cannot.
+    if not bucket or ":" in bucket or not all(part not in ("", ".", "..") for part in key.split("/")):
+        return None
+    return S3Copy(places[2], tuple(sorted(settings.items())))

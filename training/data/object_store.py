@@ -1,263 +1,286 @@
-"""Reads objects from S3 and web servers in ranges, the next one asked for while the last one is used.
+"""Asks S3 and web servers for ranges of objects, one client for each bucket or server and process.
 
-The client is obstore: connections are reused, ranges run beside each other outside of Python's lock. Retries are ours,
-so that they are counted, and so that they go on at the byte reached.
+The client is obstore: connections are reused, and bytes arrive outside of Python's lock. Its own retries are off: ours
+(``object_stream.py``) are counted, logged, and go on at the byte reached.
 """
 
 from __future__ import annotations
 
-import configparser
 import os
-from collections import Counter, deque
+import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
+from obstore.exceptions import (
+    BaseError,
+    NotSupportedError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 from obstore.store import HTTPStore, S3Store
 
-from training.data.storage_errors import AccessDenied, Patience, ShardChanged, ShardMissing
+from training.data.aws_settings import S3Settings, find_settings, no_credentials, profile_credentials
+from training.data.storage_errors import AccessDenied, ShardChanged, ShardMissing, StorageError, Transient
 
 if TYPE_CHECKING:
+    from obstore import GetOptions
+    from obstore.store import ClientConfig, S3Config
+
     from training.data.storage import StorageOptions
 
-_STREAM_BYTES = 256 << 10
-_THREADS = 16
+_PIECE_BYTES = 256 << 10
+"""Smallest piece handed over: larger ones cost less Python, smaller ones come sooner."""
 _SHOWN_ERROR = 300
-_METADATA_SERVICE = "169.254."
-_DENIED = (
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "InvalidToken",
-    "TokenRefreshRequired",
-    "AccessDenied",
-    "403 Forbidden",
-    "401 Unauthorized",
+_NO_LIMIT_S = 30 * 86400.0
+_STATUS = re.compile(r"status code: (\d{3})[^:]*(?:: )?(.*)", re.DOTALL)
+_DENIED_CODES = re.compile(
+    "<Code>(ExpiredToken|ExpiredTokenException|TokenRefreshRequired|InvalidToken|InvalidAccessKeyId|AccessDenied|"
+    "SignatureDoesNotMatch|RequestTimeTooSkewed|AuthorizationHeaderMalformed)</Code>"
 )
+_ASKED_AGAIN = (408, 425, 429)
+_REGION = re.compile(r"<Region>([a-z0-9-]+)</Region>|<Endpoint>[^<]*s3[.-]([a-z]{2}-[a-z0-9-]+-\d)\.amazonaws")
+_IDENTITY_SERVICES = (
+    "://169.254.",
+    "://[fd00:ec2",
+    "://sts.",
+    "AssumeRole",
+    "External AWS credential provider",
+)
+_CAUSES = {
+    "IncompleteBody": "the body ended early",
+    "ConnectionReset": "the connection was reset",
+    "ConnectionRefused": "the connection was refused",
+    "TimedOut": "no answer in time",
+    "dns error": "the server's name is not known",
+    "certificate": "the server's certificate is not trusted",
+}
+
+_runtime_pid: int | None = None
 
 
-class ObjectStream:
-    """An object as a stream. Memory: the chunks in flight."""
+class RangesUnsupported(Exception):
+    """The server sends whole objects only."""
+
+
+class OutOfRange(Exception):
+    """The object ends before the first byte asked for."""
+
+
+class Version(NamedTuple):
+    """What tells an object from another one under the same name."""
+
+    size: int
+    etag: str | None
+
+
+class Response(NamedTuple):
+    """The answer to one request, its body still to come."""
+
+    version: Version
+    pieces: Iterator[bytes]
+
+
+class RemoteObject:
+    """One object in a bucket or on a web server."""
 
     def __init__(
-        self, url: str, offset: int, *, options: StorageOptions, counters: Counter[str], settings: dict[str, str]
+        self, url: str, *, options: StorageOptions, settings: tuple[tuple[str, str], ...] = (), whole: bool = False
     ) -> None:
         """
         Args:
             settings: endpoint, region, profile, anonymous; what is not there comes from the environment.
+            whole: to be read in one request, which lasts as long as whoever uses the bytes takes.
         """
-        self._url = url
-        self._options = options
-        self._counters = counters
-        self._store, self._path = _locate(url, options, settings)
-        self._etag: str | None = None
-        self.size: int | None = None
-        self.offset = offset
-        self._chunk = memoryview(b"")
-        self._ahead: deque[Future[bytes]] = deque()
-        self._asked = offset  # the first byte that nothing in flight covers
+        self._timeouts = _timeouts(options, whole=whole)
+        parts = urlsplit(url)
+        self._settings: S3Settings | None = None
+        self.name = url
+        """For messages: the URL without its query, which may hold a signature."""
+        if parts.scheme in ("http", "https"):
+            self.name = url.partition("?")[0]
+            self._path = unquote(parts.path).lstrip("/")
+            self._store = _http_store(os.getpid(), f"{parts.scheme}://{parts.netloc}/?{parts.query}", self._timeouts)
+        else:
+            bucket, _, self._path = url.partition("://")[2].partition("/")
+            self._bucket = bucket
+            self._connect(find_settings(dict(settings)))
 
-    def read(self, size: int, /) -> bytes:
-        """Up to ``size`` bytes; fewer only at the end of the object."""
-        if size <= len(self._chunk):
-            return self._take(size)
-        parts = []
-        while size and (len(self._chunk) or self._next_chunk()):
-            parts.append(self._take(min(size, len(self._chunk))))
-            size -= len(parts[-1])
-        return b"".join(parts)
+    def get(self, start: int, end: int | None, *, expected: Version | None = None) -> Response:
+        """Asks for bytes [start, end), or for all where ``end`` is None.
 
-    def skip(self, size: int, /) -> None:
-        """Drops what is in flight; what lies beyond is not fetched."""
-        target = self.offset + size
-        while self.offset < target:
-            if len(self._chunk):
-                self._take(min(target - self.offset, len(self._chunk)))
-            elif target < self._asked:
-                self._next_chunk()
-            else:
-                self._drop()
-                self.offset = self._asked = target
+        Raises, here or while the pieces come:
+            ShardMissing, AccessDenied, ShardChanged, StorageError: asking again is of no use. Transient: it may be.
+            RangesUnsupported, OutOfRange.
+        """
+        try:
+            return self._get(start, end, expected)
+        except (BaseError, OSError, ValueError) as error:
+            if self._move_to_region_in(error):
+                return self.get(start, end, expected=expected)
+            raise self._translate(error, start) from error
 
-    def close(self) -> None:
-        """Drops what is in flight."""
-        self._drop()
-        self._chunk = memoryview(b"")
+    def head(self) -> Version:
+        """Size and ETag. Raises as ``get``."""
+        try:
+            meta = obstore.head(self._store, self._path)
+        except (BaseError, OSError, ValueError) as error:
+            raise self._translate(error, 0) from error
+        return Version(meta["size"], meta["e_tag"])
 
-    def _take(self, size: int) -> bytes:
-        data = bytes(self._chunk[:size])
-        self._chunk = self._chunk[size:]
-        self.offset += size
-        return data
-
-    def _drop(self) -> None:
-        for future in self._ahead:
-            future.cancel()
-        self._ahead.clear()
-
-    def _next_chunk(self) -> bool:
-        """Waits for the next chunk and asks for more; False at the end of the object."""
-        if self.size is None:
-            self._chunk = memoryview(self._fetch(self.offset, self.offset + self._options.chunk_bytes))
-            self._asked = self.offset + len(self._chunk)
-        elif self._ahead:
-            self._chunk = memoryview(self._ahead.popleft().result())
-        elif self._asked < self.size:
-            self._ask()
-            self._chunk = memoryview(self._ahead.popleft().result())
-        while len(self._ahead) < self._options.chunks_ahead and self.size is not None and self._asked < self.size:
-            self._ask()
-        return len(self._chunk) > 0
-
-    def _ask(self) -> None:
-        assert self.size is not None
-        end = min(self.size, self._asked + self._options.chunk_bytes)
-        self._ahead.append(_executor(os.getpid()).submit(self._fetch, self._asked, end))
-        self._asked = end
-
-    def _fetch(self, start: int, end: int) -> bytes:
-        """Bytes [start, end), or up to the end of the object; whatever breaks on the way is asked for again."""
-        parts: list[bytes] = []
-        patience = Patience(self._options, counters=self._counters)
-        while start < end and (self.size is None or start < self.size):
-            try:
-                for part in self._request(start, end):
-                    parts.append(part)
-                    start += len(part)
-                    self._counters["bytes_read"] += len(part)
-                    patience.progress()
-                if start < end and start != self.size:
-                    raise ConnectionError(f"the server sent too little, up to byte {start}")
-            except FileNotFoundError:
-                raise ShardMissing(f"{self._url!r} does not exist (404): correct --train-data.") from None
-            except PreconditionError:
-                raise ShardChanged(
-                    f"{self._url!r} changed while it was read (its ETag is not {self._etag} any more, byte {start}): "
-                    "shards must not be overwritten during a run."
-                ) from None
-            except (BaseError, OSError) as error:
-                self._check_denied(error)
-                if self._is_empty(error):
-                    break
-                patience.failed(f"Reading {self._url!r} at byte {start}", _short(error))
-        return b"".join(parts)
-
-    def _request(self, start: int, end: int) -> Iterator[bytes]:
-        self._counters["requests"] += 1
-        options: dict[str, Any] = {"range": (start, end)}
-        if self._etag is not None and not self._etag.startswith("W/"):  # weak ones never match, by the standard
-            options["if_match"] = self._etag
+    def _get(self, start: int, end: int | None, expected: Version | None) -> Response:
+        _check_process()
+        options: GetOptions = {} if end is None else {"range": (start, end)}
+        if expected is not None and expected.etag is not None and not expected.etag.startswith("W/"):
+            options["if_match"] = expected.etag  # a weak one never matches, by the standard
         result = obstore.get(self._store, self._path, options=options)
-        size, etag = result.meta["size"], result.meta["e_tag"]
-        if self.size is not None and (size, etag) != (self.size, self._etag):
-            raise ShardChanged(
-                f"{self._url!r} changed while it was read ({self.size} bytes, ETag {self._etag}, then {size} bytes, "
-                f"{etag}): shards must not be overwritten during a run."
+        version = Version(result.meta["size"], result.meta["e_tag"])
+        if expected is not None and version != expected:
+            raise self._changed(
+                f"{expected.size} bytes, ETag {expected.etag}; now {version.size} bytes, {version.etag}"
             )
-        self.size, self._etag = size, etag
-        for part in result.stream(min_chunk_size=_STREAM_BYTES):
-            yield bytes(part)
+        return Response(version, self._pieces(result.stream(min_chunk_size=_PIECE_BYTES), start))
 
-    def _check_denied(self, error: Exception) -> None:
-        text = str(error)
-        if isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError) or any(
-            code in text for code in _DENIED
-        ):
-            raise AccessDenied(
-                f"{self._url!r} may not be read: {_short(error)} Check the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE, "
-                "the node's role), their expiry and the bucket's policy; with --resume latest the run goes on."
-            ) from error
-        if self.size is None and _METADATA_SERVICE in text:
-            raise AccessDenied(
-                f"No credentials for {self._url!r}: neither the environment nor ~/.aws has any, and this machine has no "
-                "role. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for public data."
-            ) from error
+    def _pieces(self, stream: Any, start: int) -> Iterator[bytes]:
+        try:
+            for piece in stream:
+                start += len(piece)
+                yield bytes(piece)
+        except (BaseError, OSError) as error:
+            raise self._translate(error, start) from error
 
-    def _is_empty(self, error: Exception) -> bool:
-        """An empty object has no first range: the server answers 416."""
-        if "416" not in str(error) and "out of range" not in str(error).lower():
+    def _connect(self, settings: S3Settings) -> None:
+        self._settings = settings
+        self._store = _s3_store(os.getpid(), self._bucket, settings, self._timeouts)
+
+    def _move_to_region_in(self, error: Exception) -> bool:
+        """Whether S3 named another region than we asked in; the command goes there by itself, so we do."""
+        found = _REGION.search(str(error))
+        if found is None or self._settings is None:
             return False
-        meta = obstore.head(self._store, self._path)
-        self.size, self._etag = meta["size"], meta["e_tag"]
-        return self.size <= self.offset
+        region = found[1] or found[2]
+        if region == self._settings.region:
+            return False
+        self._connect(self._settings._replace(region=region))
+        return True
 
+    def _translate(self, error: Exception, at: int) -> Exception:
+        """What the client's error means to a reader."""
+        text = str(error)
+        found = _STATUS.search(text)
+        status = int(found[1]) if found else None
+        said = _said(text)
+        if isinstance(error, FileNotFoundError):
+            return ShardMissing(f"{self.name!r} does not exist ({said}): correct its name.")
+        if isinstance(error, PreconditionError):
+            return self._changed(f"at byte {at} the server said: {said}")
+        if any(name in text for name in _IDENTITY_SERVICES):
+            return self._translate_login(error, status, said)
+        if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _DENIED_CODES.search(text):
+            return AccessDenied(f"{self.name!r} may not be read, the server says: {said}. {self._remedy()}")
+        if isinstance(error, NotSupportedError):
+            return RangesUnsupported(said)
+        if status == 416:
+            return OutOfRange(said)
+        refused = status is not None and status < 500 and status not in _ASKED_AGAIN and "RequestTimeout" not in text
+        if refused or isinstance(error, ValueError):
+            return StorageError(f"{self.name!r} cannot be read, and asking again is of no use: {said}.")
+        return Transient(said)
 
-@lru_cache(maxsize=1)
-def _executor(pid: int) -> ThreadPoolExecutor:
-    """Threads that wait for ranges; of this process, as none survives a fork."""
-    return ThreadPoolExecutor(_THREADS, f"ranges-{pid}")
+    def _translate_login(self, error: Exception, status: int | None, said: str) -> Exception:
+        """No answer about credentials: fatal, unless the service that gives them is only busy."""
+        if status is not None and (status >= 500 or status in _ASKED_AGAIN):
+            return Transient(f"no credentials: {said}")
+        if isinstance(error, UnauthenticatedError):
+            return AccessDenied(f"{self.name!r} may not be read, the credentials of this machine are not: {said}.")
+        return AccessDenied(f"{self.name!r} may not be read. {no_credentials(said)}")
 
-
-def _locate(url: str, options: StorageOptions, settings: dict[str, str]) -> tuple[Any, str]:
-    """(store, path in it) of a URL."""
-    parts = urlsplit(url)
-    timeouts = (options.connect_timeout_s, options.read_timeout_s, options.request_timeout_s)
-    if parts.scheme in ("http", "https"):
-        make: Callable[..., Any] = _http_store
-        return make(os.getpid(), f"{parts.scheme}://{parts.netloc}", timeouts), parts.path.lstrip("/")
-    return _s3_store(os.getpid(), parts.netloc, timeouts, tuple(sorted(settings.items()))), parts.path.lstrip("/")
-
-
-def _client_options(timeouts: tuple[float, float, float]) -> dict[str, Any]:
-    connect_s, read_s, request_s = (timedelta(seconds=seconds) for seconds in timeouts)
-    return {"connect_timeout": connect_s, "read_timeout": read_s, "timeout": request_s, "allow_http": True}
-
-
-# One client for each bucket or server and process: it keeps connections open, and its threads do not survive a fork.
-@lru_cache(maxsize=256)
-def _http_store(pid: int, origin: str, timeouts: tuple[float, float, float]) -> Any:
-    return HTTPStore(origin, client_options=_client_options(timeouts), retry_config={"max_retries": 0})
-
-
-@lru_cache(maxsize=256)
-def _s3_store(
-    pid: int, bucket: str, timeouts: tuple[float, float, float], settings: tuple[tuple[str, str], ...]
-) -> Any:
-    given = dict(settings)
-    config: dict[str, Any] = _profile_settings(given.get("profile"))
-    endpoint = given.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if endpoint:
-        config["endpoint"] = endpoint
-    region = given.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    config["region"] = region or config.get("region") or "us-east-1"
-    if given.get("anonymous"):
-        config["skip_signature"] = True
-    return S3Store(bucket, config=config, client_options=_client_options(timeouts), retry_config={"max_retries": 0})
-
-
-def _profile_settings(profile: str | None) -> dict[str, Any]:
-    """What ~/.aws says, where the environment has no keys of its own; roles of the machine are found by the client."""
-    if profile is None and "AWS_ACCESS_KEY_ID" in os.environ:
-        return {}
-    name = profile or os.environ.get("AWS_PROFILE") or "default"
-    home = Path.home() / ".aws"
-    credentials = _section(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or home / "credentials", name)
-    general = _section(os.environ.get("AWS_CONFIG_FILE") or home / "config", f"profile {name}", name)
-    merged = general | credentials
-    keys = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token", "region")
-    found = {key: merged[key] for key in keys if key in merged}
-    if "aws_access_key_id" not in found and {"sso_session", "sso_start_url", "role_arn", "credential_process"} & set(merged):
-        raise AccessDenied(
-            f"AWS profile {name!r} logs in by SSO, a role or a process, which needs the aws command: run "
-            "`eval $(aws configure export-credentials --format env)` first, or pass --s3-native off."
+    def _remedy(self) -> str:
+        if self._settings is None:
+            return "Check the URL and what the server asks for."
+        return (
+            "Check the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE, the machine's role) and whether they have expired, "
+            "the bucket's policy, and the name: where listing is not allowed, S3 says the same of an object that is "
+            "not there."
         )
-    if profile is not None and not merged:
-        raise AccessDenied(f"There is no AWS profile {name!r} in ~/.aws: correct --profile in the command.")
-    return found
+
+    def _changed(self, how: str) -> ShardChanged:
+        return ShardChanged(f"{self.name!r} changed while it was read ({how}): do not overwrite shards during a run.")
 
 
-def _section(path: str | Path, *names: str) -> dict[str, str]:
-    parser = configparser.RawConfigParser()
-    parser.read(path)
-    return next((dict(parser[name]) for name in names if parser.has_section(name)), {})
+def _check_process() -> None:
+    """obstore's threads do not survive a fork, and a request in the child would wait for ever."""
+    global _runtime_pid
+    pid = os.getpid()
+    if _runtime_pid is None:
+        _runtime_pid = pid
+    if _runtime_pid != pid:
+        raise RuntimeError(
+            f"Process {pid} was forked from process {_runtime_pid} after that had read remote shards, so it cannot "
+            "read any itself: fork from a process that has not, or start it by spawn or forkserver."
+        )
 
 
-def _short(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:_SHOWN_ERROR]}{'...' if len(text) > _SHOWN_ERROR else ''}"
+Timeouts = tuple[float, float, float]
+
+
+def _timeouts(options: StorageOptions, *, whole: bool) -> Timeouts:
+    """Connect, read, whole request. The last is the backstop of the low-speed limit, which sees whole pieces only."""
+    whole_s = options.low_speed_s + options.chunk_bytes / max(1, options.low_speed_bytes_per_s)
+    return options.connect_timeout_s, options.read_timeout_s, _NO_LIMIT_S if whole else whole_s
+
+
+# By process, because a client's connections are not shared; by everything else that makes two clients different.
+@lru_cache(maxsize=256)
+def _http_store(pid: int, origin: str, timeouts: Timeouts) -> Any:
+    return HTTPStore.from_url(origin.removesuffix("?"), **_client(timeouts, allow_http=origin.startswith("http:")))
+
+
+@lru_cache(maxsize=256)
+def _s3_store(pid: int, bucket: str, settings: S3Settings, timeouts: Timeouts) -> Any:
+    config: S3Config = {"region": settings.region}
+    if settings.endpoint is not None:
+        config["aws_endpoint_url_s3"] = settings.endpoint
+    if settings.anonymous:
+        config["skip_signature"] = True
+    provider: Callable[[], Any] | None = profile_credentials(settings.profile) if settings.profile is not None else None
+    insecure = settings.endpoint is not None and settings.endpoint.startswith("http:")
+    return S3Store(bucket, config=config, credential_provider=provider, **_client(timeouts, allow_http=insecure))
+
+
+def _client(timeouts: Timeouts, *, allow_http: bool) -> dict[str, Any]:
+    connect_s, read_s, request_s = (timedelta(seconds=seconds) for seconds in timeouts)
+    options: ClientConfig = {
+        "connect_timeout": connect_s,
+        "read_timeout": read_s,
+        "timeout": request_s,
+        "allow_http": allow_http,
+    }
+    if bundle := os.environ.get("AWS_CA_BUNDLE"):
+        try:
+            options["root_certificate"] = Path(bundle).read_bytes()
+        except OSError as error:
+            raise StorageError(f"AWS_CA_BUNDLE {bundle!r} cannot be read ({error.strerror}): correct it.") from error
+    return {"client_options": options, "retry_config": {"max_retries": 0, "retry_timeout": timedelta(0)}}
+
+
+def _said(text: str) -> str:
+    """The server's own words, or the reason why there are none."""
+    summary, _, details = text.partition("\n\nDebug source:")
+    found = _STATUS.search(summary)
+    if found is None:
+        reason = next((words for needle, words in _CAUSES.items() if needle in details), None)
+        return reason or _clip(summary)
+    code, message = (re.search(f"<{tag}>([^<]*)</{tag}>", found[2]) for tag in ("Code", "Message"))
+    words = [part[1] for part in (code, message) if part is not None]
+    return f"{found[1]} {': '.join(words)}" if words else _clip(f"{found[1]} {found[2]}")
+
+
+def _clip(text: str) -> str:
+    text = re.sub(r"\?\S+", "?...", " ".join(text.split()))
+    return f"{text[:_SHOWN_ERROR]}..." if len(text) > _SHOWN_ERROR else text

@@ -1,217 +1,368 @@
 """Keeps whole remote shards on a local disk: for the next epoch, the next run, the other processes of this machine.
 
-    DIR/3f2a....tar     a shard, named by the digest of its URL
-    DIR/3f2a....json    its URL, size and CRC-32, written last: without it the shard does not count
-    DIR/.partial-*      a shard that is being read
+    DIR/3f2a...shard     data of a shard | its URL, size and one CRC-32 per MiB as JSON | length of the JSON | magic
+    DIR/3f2a...partial   a shard that is being read; its writer holds a lock on it
+    DIR/used             bytes that the directory holds; whoever changes it holds a lock on it
 
-A shard is copied while it is read, and counts once it has been read to its end. It is checked against its CRC before
-a process serves it for the first time. Shards are named by URL: after overwriting them, empty the directory.
+One rename puts data and checksums in place together. Every MiB is checked when it is served; where one is not as it
+was written, the copy is removed and reading goes on remotely at the same byte. Shards are known by URL: after one has
+been overwritten, empty the directory.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
-import tempfile
-import time
 import zlib
-from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from training.data.streams import FileStream
+from training.data.storage_errors import StorageCounters
 
 if TYPE_CHECKING:
     from training.data.storage import ShardStream
 
 logger = logging.getLogger(__name__)
 
-_PARTIAL_PREFIX = ".partial-"
-_ABANDONED_S = 24 * 3600
-_CHECK_BYTES = 1 << 22
+_BLOCK_BYTES = 1 << 20
+_MAGIC = b"shard-1\n"
+_TAIL_BYTES = 8 + len(_MAGIC)
 _LONGEST_PADDING = 1 << 20
 """Zeros that a tar may end with: they are read to the end of the shard, or it would never be whole."""
+_FILL = 0.9
+"""Of the limit is left when room is made, so that the directory is not listed for every shard."""
 
 
 class ShardCache:
-    """A bounded directory of shards. Safe between processes: what is served was renamed into place as a whole."""
+    """A bounded directory of shards."""
 
     def __init__(self, directory: str, *, gib: float) -> None:
         self._directory = Path(directory)
         self._limit = int(gib * 2**30)
-        self._checked: set[str] = set()
         self._off = False
 
-    def open(self, url: str, offset: int, *, counters: Counter[str]) -> FileStream | None:
-        """The local copy of a shard; None if there is none, or it is damaged and was removed."""
-        data, facts = self._paths(url)
+    def open(
+        self, url: str, offset: int, *, remote: Callable[[int], ShardStream], counters: StorageCounters
+    ) -> ShardStream:
+        """The shard from byte ``offset`` on: its copy, else ``remote(offset)``, which is copied on its way if whole."""
+        path = self._path(url)
         try:
-            expected = json.loads(facts.read_text())
-            if url not in self._checked and not _is_whole(data, expected):
-                logger.warning("The copy of %s in the shard cache is damaged: it is read from its origin again.", url)
-                counters["cache_damaged"] += 1
-                self._remove(data)
-                return None
-            self._checked.add(url)
-            os.utime(data)  # used last, removed last
-            stream = FileStream(str(data), offset, counters=Counter())
-        except (OSError, ValueError, KeyError, RuntimeError):
-            counters["cache_misses"] += 1
-            return None
-        counters["cache_hits"] += 1
-        return stream
+            copy = _Copy(path, url)
+        except FileNotFoundError:
+            copy = None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.remove_damaged(url, error, counters)
+            copy = None
+        if copy is not None:
+            counters.add("cache_hits")
+            with suppress(OSError):
+                os.utime(path)  # used last, removed last
+            return _CachedStream(self, url, copy, offset, remote=remote, counters=counters)
+        counters.add("cache_misses")
+        stream = remote(offset)
+        return stream if offset else self._copying(url, stream)
 
-    def keep(self, url: str, stream: ShardStream) -> ShardStream:
-        """The stream itself, copied to the cache on its way; as it was if the cache cannot be written."""
-        if self._off:
+    def _copying(self, url: str, stream: ShardStream) -> ShardStream:
+        if self._off or stream.size is None or not 0 < stream.size <= self._limit:
             return stream
+        path = self._path(url)
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            return _CopyingStream(self, url, stream, self._directory)
+            writer = _lock_partial(path.with_suffix(".partial"))
+            if writer is None:  # another process is at it
+                return stream
+            with _closing_on_error(writer):
+                self._make_room(stream.size)
         except OSError as error:
             self.give_up(error)
             return stream
+        return _CopyingStream(self, url, path, stream, writer)
 
-    def commit(self, url: str, partial: str, *, size: int, checksum: int) -> None:
-        """Puts a complete copy in its place, and makes room."""
-        data, facts = self._paths(url)
-        if size > self._limit:
-            os.unlink(partial)
-            return
-        self._make_room(size)
-        os.replace(partial, data)
-        with tempfile.NamedTemporaryFile("w", dir=self._directory, prefix=_PARTIAL_PREFIX, delete=False) as file:
-            json.dump({"url": url, "size": size, "crc32": checksum}, file)
-        os.replace(file.name, facts)
+    def remove_damaged(self, url: str, error: Exception, counters: StorageCounters) -> None:
+        """A copy that is not what was written is not used again."""
+        logger.warning("The copy of %s in %s is damaged (%s): it is read remotely.", url, self._directory, error)
+        counters.add("cache_damaged")
+        with suppress(OSError):
+            self._path(url).unlink()
 
     def give_up(self, error: OSError) -> None:
-        """A full or unwritable disk does not stop training: nothing more is kept by this process."""
+        """A full or unwritable disk does not stop training: this process keeps nothing more."""
+        if not self._off:
+            reason = error.strerror or str(error)
+            logger.warning(
+                "Shards are not kept in %s any more: %s. Free space there, or correct --cache-shards.",
+                self._directory,
+                reason,
+            )
         self._off = True
-        logger.warning("Shards are not cached in %s any more: %s. Free space, or correct --cache-shards.", *(
-            self._directory, error,
-        ))
 
-    def _paths(self, url: str) -> tuple[Path, Path]:
-        name = hashlib.sha256(url.encode()).hexdigest()[:32]
-        return self._directory / f"{name}.tar", self._directory / f"{name}.json"
+    def _path(self, url: str) -> Path:
+        return self._directory / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.shard"
 
     def _make_room(self, size: int) -> None:
-        """Removes the shards unused for longest. One that is being read stays readable until it is closed."""
-        now = time.time()
-        kept = []
-        for entry in os.scandir(self._directory):
-            status = _status(entry)
-            if status is None:
-                continue
-            if entry.name.startswith(_PARTIAL_PREFIX) and now - status.st_mtime > _ABANDONED_S:
-                Path(entry.path).unlink(missing_ok=True)
-            elif entry.name.endswith(".tar"):
-                kept.append((status.st_mtime, status.st_size, Path(entry.path)))
-        used = sum(bytes_ for _, bytes_, _ in kept)
-        for _, bytes_, path in sorted(kept):
-            if used + size <= self._limit:
-                return
-            self._remove(path)
-            used -= bytes_
+        """Counts ``size`` bytes more. At the limit the directory is counted anew, and what was unused longest goes."""
+        with open(self._directory / "used", "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            text = file.read()
+            used = int(text) if text.isdigit() else self._limit
+            if used + size > self._limit:
+                used = self._evict(max(0, int(self._limit * _FILL) - size))
+            file.truncate(0)
+            file.write(b"%d" % (used + size))
 
-    def _remove(self, data: Path) -> None:
-        data.with_suffix(".json").unlink(missing_ok=True)
-        data.unlink(missing_ok=True)
+    def _evict(self, limit: int) -> int:
+        """Removes shards until ``limit`` bytes are left, and partial ones without a writer; returns how many are left.
+
+        On POSIX a process that is reading a removed shard goes on reading it.
+        """
+        used = 0
+        shards = []
+        for path in self._directory.iterdir():
+            with suppress(FileNotFoundError):  # another process was faster
+                status = path.stat()
+                if path.suffix == ".shard":
+                    shards.append((status.st_mtime, status.st_size, path))
+                elif path.suffix == ".partial" and not _remove_if_abandoned(path):
+                    used += status.st_size
+        used += sum(size for _, size, _ in shards)
+        for _, size, path in sorted(shards):
+            if used <= limit:
+                break
+            with suppress(FileNotFoundError):
+                path.unlink()
+            used -= size
+        return used
+
+
+class _Facts(NamedTuple):
+    """The end of a copy's file."""
+
+    url: str
+    size: int
+    checksums: list[int]
+
+
+class _Copy:
+    """An open file of the cache, its facts read and found to be complete."""
+
+    def __init__(self, path: Path, url: str) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+        with _closing_on_error(self._file):
+            self.facts = self._read_facts()
+            if self.facts.url != url:
+                raise ValueError(f"it is of {self.facts.url!r}")
+
+    def block(self, index: int) -> bytes:
+        """One MiB. Raises ValueError: it is not as it was written."""
+        start = index * _BLOCK_BYTES
+        data = os.pread(self._file.fileno(), min(_BLOCK_BYTES, self.facts.size - start), start)
+        if zlib.crc32(data) != self.facts.checksums[index]:
+            raise ValueError(f"wrong checksum in the MiB at byte {start}")
+        return data
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read_facts(self) -> _Facts:
+        end = os.fstat(self._file.fileno()).st_size
+        tail = os.pread(self._file.fileno(), _TAIL_BYTES, max(0, end - _TAIL_BYTES))
+        length = int.from_bytes(tail[:8], "little")
+        if tail[8:] != _MAGIC or length + _TAIL_BYTES > end:
+            raise ValueError("it is incomplete")
+        facts = _Facts(**json.loads(os.pread(self._file.fileno(), length, end - _TAIL_BYTES - length)))
+        blocks = -(-facts.size // _BLOCK_BYTES)
+        if facts.size + length + _TAIL_BYTES != end or len(facts.checksums) != blocks:
+            raise ValueError("its size is wrong")
+        return facts
+
+
+class _CachedStream:
+    """Serves a copy, MiB by MiB; goes on remotely at the first that is damaged."""
+
+    def __init__(
+        self,
+        cache: ShardCache,
+        url: str,
+        copy: _Copy,
+        offset: int,
+        *,
+        remote: Callable[[int], ShardStream],
+        counters: StorageCounters,
+    ) -> None:
+        self._cache = cache
+        self._url = url
+        self._copy = copy
+        self._open_remote = remote
+        self._counters = counters
+        self._remote: ShardStream | None = None
+        self._block = b""
+        self._index = -1
+        self.offset = offset
+        self.size: int | None = copy.facts.size
+
+    def read(self, size: int, /) -> bytes:
+        """``size`` bytes; fewer only at the end."""
+        parts = []
+        while size > 0 and self._remote is None and (part := self._from_block(size)):
+            parts.append(part)
+            size -= len(part)
+            self.offset += len(part)
+        if size > 0 and self._remote is not None:
+            parts.append(self._remote.read(size))
+            self.offset = self._remote.offset
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def skip(self, size: int, /) -> None:
+        """Moves on; blocks passed over are not read."""
+        self.offset += size
+        if self._remote is not None:
+            self._remote.skip(size)
+
+    def close(self) -> None:
+        """Closes the copy."""
+        self._copy.close()
+        if self._remote is not None:
+            self._remote.close()
+
+    def _from_block(self, size: int) -> bytes:
+        """Up to ``size`` bytes of the block at hand; none at the end of the shard or of what is sound."""
+        if self.offset >= self._copy.facts.size:
+            return b""
+        index, start = divmod(self.offset, _BLOCK_BYTES)
+        if index != self._index:
+            try:
+                self._block, self._index = self._copy.block(index), index
+            except (OSError, ValueError) as error:
+                self._cache.remove_damaged(self._url, error, self._counters)
+                self._remote = self._open_remote(self.offset)
+                return b""
+        return self._block if start == 0 and size >= len(self._block) else self._block[start : start + size]
 
 
 class _CopyingStream:
     """Reads through, and writes what it reads to a file that becomes the copy once it is complete."""
 
-    def __init__(self, cache: ShardCache, url: str, stream: ShardStream, directory: Path) -> None:
+    def __init__(self, cache: ShardCache, url: str, path: Path, stream: ShardStream, writer: BinaryIO) -> None:
         self._cache = cache
         self._url = url
+        self._path = path
         self._stream = stream
+        self._writer: BinaryIO | None = writer
+        self._checksums: list[int] = []
         self._checksum = 0
-        handle, self._partial = tempfile.mkstemp(dir=directory, prefix=_PARTIAL_PREFIX)
-        self._file = os.fdopen(handle, "wb", buffering=_CHECK_BYTES)
-        self._copying = True
-
-    @property
-    def offset(self) -> int:
-        """Of the next byte."""
-        return self._stream.offset
-
-    @property
-    def size(self) -> int | None:
-        """Of the shard, as far as it is known."""
-        return self._stream.size
+        self.size = stream.size
+        self.offset = stream.offset
 
     def read(self, size: int, /) -> bytes:
         """Reads, and copies."""
         data = self._stream.read(size)
-        if self._copying:
-            self._checksum = zlib.crc32(data, self._checksum)
+        self.offset += len(data)
+        if self._writer is not None:
+            start = self.offset - len(data)
             try:
-                self._file.write(data)
+                self._writer.write(data)
             except OSError as error:
                 self._abandon(error)
+            self._add_checksums(start, memoryview(data))
         return data
 
     def skip(self, size: int, /) -> None:
         """Reads what is skipped as well: the copy must have it."""
-        if not self._copying:
-            self._stream.skip(size)
-            return
-        while size and (data := self.read(min(size, _CHECK_BYTES))):
-            size -= len(data)
+        target = self.offset + size
+        while self._writer is not None and self.offset < min(target, self.size or target):
+            self.read(min(target - self.offset, _BLOCK_BYTES))
+        self._stream.skip(target - self.offset)
+        self.offset = target
 
     def close(self) -> None:
         """Keeps the copy if the shard was read to its end, but for the padding of a tar."""
         try:
-            if self._copying:
+            if self._writer is not None:
                 self._finish()
         finally:
+            self._drop()
             self._stream.close()
 
+    def _add_checksums(self, start: int, data: memoryview) -> None:
+        while len(data):
+            part = data[: _BLOCK_BYTES - start % _BLOCK_BYTES]
+            self._checksum = zlib.crc32(part, self._checksum)
+            start += len(part)
+            data = data[len(part) :]
+            if start % _BLOCK_BYTES == 0 or start == self.size:
+                self._checksums.append(self._checksum)
+                self._checksum = 0
+
     def _finish(self) -> None:
-        size = self._stream.size
+        assert self.size is not None
+        if 0 < self.size - self.offset <= min(_LONGEST_PADDING, self.offset):
+            with suppress(RuntimeError):  # the padding could not be read: the samples were
+                self.read(self.size - self.offset)
+        if self.offset != self.size or self._writer is None:
+            return
+        facts = json.dumps(_Facts(self._url, self.size, self._checksums)._asdict()).encode()
         try:
-            if size is not None and 0 < size - self.offset <= _LONGEST_PADDING and self.offset:
-                self.read(size - self.offset)
-            if not self._copying:
-                return
-            if size is None or self.offset < size:
-                self._drop()
-                return
-            self._file.close()
-            self._cache.commit(self._url, self._partial, size=size, checksum=self._checksum)
+            self._writer.write(facts + len(facts).to_bytes(8, "little") + _MAGIC)
+            self._writer.flush()
+            os.rename(self._path.with_suffix(".partial"), self._path)
         except OSError as error:
             self._abandon(error)
-        except RuntimeError:  # the padding could not be read: the samples were
-            self._drop()
+            return
+        writer, self._writer = self._writer, None
+        writer.close()
 
     def _abandon(self, error: OSError) -> None:
-        self._drop()
         self._cache.give_up(error)
+        self._drop()
 
     def _drop(self) -> None:
-        self._copying = False
+        """Removes what is incomplete."""
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return
+        with suppress(OSError):
+            self._path.with_suffix(".partial").unlink()
+        with suppress(OSError):  # closing writes what is buffered: the disk may be full
+            writer.close()
+
+
+def _lock_partial(path: Path) -> BinaryIO | None:
+    """An empty file that only this process writes; None if another one is at it."""
+    file: BinaryIO = open(path, "a+b", buffering=_BLOCK_BYTES)  # noqa: SIM115 - the caller closes it
+    with _closing_on_error(file):
         try:
-            self._file.close()
-        except OSError:
-            pass  # what could not be written is not wanted any more
-        Path(self._partial).unlink(missing_ok=True)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held the lock before may have renamed or removed the file that we have opened.
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                file.truncate(0)
+                return file
+        except (BlockingIOError, FileNotFoundError):
+            pass
+    file.close()
+    return None
 
 
-def _is_whole(data: Path, expected: dict[str, int]) -> bool:
-    checksum = 0
-    with data.open("rb") as file:
-        if os.fstat(file.fileno()).st_size != expected["size"]:
+def _remove_if_abandoned(path: Path) -> bool:
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             return False
-        while block := file.read(_CHECK_BYTES):
-            checksum = zlib.crc32(block, checksum)
-    return checksum == expected["crc32"]
+        path.unlink()
+    return True
 
 
-def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+@contextmanager
+def _closing_on_error(file: Any) -> Iterator[None]:
     try:
-        return entry.stat()
-    except FileNotFoundError:  # another process was faster
-        return None
+        yield
+    except BaseException:
+        with suppress(OSError):
+            file.close()
+        raise

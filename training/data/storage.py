@@ -9,17 +9,17 @@ Reading fails in four ways, and each is an error of its own: what is not there (
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from training.data.aws_command import parse_s3_copy
 from training.data.shard_cache import ShardCache
 from training.data.shards import PIPE_PREFIX, is_local
-from training.data.storage_errors import AccessDenied, ShardChanged, ShardMissing, StorageError
-from training.data.streams import FileStream, FsspecStream, PipeStream
+from training.data.storage_errors import AccessDenied, ShardChanged, ShardMissing, StorageCounters, StorageError
+from training.data.streams import file_stream, fsspec_stream, pipe_stream
 
 __all__ = [
     "AccessDenied",
@@ -33,29 +33,36 @@ __all__ = [
 ]
 
 _MAX_SMALL_FILE_BYTES = 1 << 30
+_S3_PREFIXES = ("s3://", "s3a://", "s3n://")
+_HTTP_PREFIXES = ("http://", "https://")
+_FILE_PREFIX = "file://"
 
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """How remote bytes are fetched."""
+    """How shards are fetched. A stream holds up to ``(1 + chunks_ahead) * chunk_bytes`` in memory."""
 
     s3_native: bool = True
     """Read ``pipe:aws s3 cp s3://... -`` without the command."""
     cache_dir: str | None = None
     cache_gib: float = 100.0
     attempts: int = 8
-    """In a row without a new byte, before a read fails."""
+    """In a row without progress, before a read fails: about 40 s of waiting between them."""
     first_delay_s: float = 0.5
-    """Before the second attempt; doubles up to ``longest_delay_s``, with jitter."""
+    """Before the second attempt, with jitter; doubles up to ``longest_delay_s``."""
     longest_delay_s: float = 16.0
     connect_timeout_s: float = 10.0
     read_timeout_s: float = 20.0
-    """Without a byte: the request is dropped and asked again."""
-    request_timeout_s: float = 60.0
-    """For one chunk: a slower request is dropped, and the rest asked for on another connection."""
-    chunk_bytes: int = 2 << 20
-    chunks_ahead: int = 1
-    """Chunks asked for while the one before is used."""
+    """Without a byte: the request is dropped, and the rest asked for anew."""
+    low_speed_bytes_per_s: float = 100e3
+    low_speed_s: float = 20.0
+    """A request that brings less than ``low_speed_bytes_per_s`` for so long is dropped as well."""
+    pipe_timeout_s: float = 120.0
+    """Without output, a command is ended and run again."""
+    chunk_bytes: int = 8 << 20
+    """Asked for in one request."""
+    chunks_ahead: int = 2
+    """On their way while one is used."""
 
 
 class ShardStream(Protocol):
@@ -81,8 +88,9 @@ class Storage:
 
     def __init__(self, options: StorageOptions = StorageOptions()) -> None:
         self.options = options
-        self.counters: Counter[str] = Counter()
-        """bytes_read, requests, retries, cache_hits, cache_misses, ..."""
+        self.counters = StorageCounters()
+        """bytes_read (from where the shards lie: none from the cache), requests, retries, cache_hits, cache_misses,
+        cache_damaged."""
         self._cache = ShardCache(options.cache_dir, gib=options.cache_gib) if options.cache_dir is not None else None
 
     def __reduce__(self) -> tuple[type[Storage], tuple[StorageOptions]]:
@@ -114,32 +122,38 @@ class Storage:
             return stream.read(_MAX_SMALL_FILE_BYTES)
 
     def _stream(self, url: str, offset: int) -> ShardStream:
-        if is_local(url):
-            return FileStream(url, offset, counters=self.counters)
         if url.startswith(PIPE_PREFIX):
-            copy = parse_s3_copy(url.removeprefix(PIPE_PREFIX)) if self.options.s3_native else None
+            command = url.removeprefix(PIPE_PREFIX)
+            copy = parse_s3_copy(command) if self.options.s3_native else None
             if copy is None:
-                return PipeStream(
-                    url.removeprefix(PIPE_PREFIX), offset, options=self.options, counters=self.counters
-                )
+                return pipe_stream(command, offset, options=self.options, counters=self.counters)
             return self._remote(copy.url, offset, settings=copy.settings)
-        return self._remote(url, offset, settings={})
+        if is_local(url) or url.startswith(_FILE_PREFIX):
+            path = url.removeprefix(_FILE_PREFIX)
+            return file_stream(path, offset, options=self.options, counters=self.counters)
+        return self._remote(url, offset, settings=())
 
-    def _remote(self, url: str, offset: int, *, settings: dict[str, str]) -> ShardStream:
-        if self._cache is not None:
-            cached = self._cache.open(url, offset, counters=self.counters)
-            if cached is not None:
-                return cached
-        stream = self._fetch(url, offset, settings=settings)
-        return stream if self._cache is None or offset else self._cache.keep(url, stream)
+    def _remote(self, url: str, offset: int, *, settings: tuple[tuple[str, str], ...]) -> ShardStream:
+        fetch = partial(self._fetch, url, settings=settings)
+        if self._cache is None:
+            return fetch(offset)
+        # The same name at another endpoint is another shard.
+        name = " ".join((url, *(value for key, value in settings if key == "endpoint")))
+        return self._cache.open(name, offset, remote=fetch, counters=self.counters)
 
-    def _fetch(self, url: str, offset: int, *, settings: dict[str, str]) -> ShardStream:
-        if url.startswith(("s3://", "s3a://", "http://", "https://")) and "?" not in url:
-            # Only here: a process that reads local files needs no network client.
-            from training.data.object_store import ObjectStream
+    def _fetch(self, url: str, offset: int, *, settings: tuple[tuple[str, str], ...]) -> ShardStream:
+        if not url.startswith((*_S3_PREFIXES, *_HTTP_PREFIXES)):
+            return fsspec_stream(url, offset, options=self.options, counters=self.counters)
+        # Only here: a process that reads local files needs no network client.
+        from training.data.object_store import RangesUnsupported, RemoteObject
+        from training.data.object_stream import ObjectStream, whole_object_stream
 
-            return ObjectStream(url, offset, options=self.options, counters=self.counters, settings=settings)
-        return FsspecStream(url, offset, options=self.options, counters=self.counters)
+        try:
+            remote = RemoteObject(url, options=self.options, settings=settings)
+            return ObjectStream(remote, offset, options=self.options, counters=self.counters)
+        except RangesUnsupported:
+            remote = RemoteObject(url, options=self.options, settings=settings, whole=True)
+            return whole_object_stream(remote, offset, options=self.options, counters=self.counters)
 
 
 def open_shard(url: str) -> AbstractContextManager[ShardStream]:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections import Counter
 from typing import Protocol
 
 logger = logging.getLogger(__name__)
+
+_QUIET_ATTEMPTS = 2
+_PROGRESS_BYTES = 1 << 20
+"""An attempt that brought less is no progress: who breaks off after a few bytes each time is not asked for ever."""
+COUNTERS = ("bytes_read", "requests", "retries", "cache_hits", "cache_misses", "cache_damaged")
 
 
 class StorageError(RuntimeError):
@@ -27,6 +33,10 @@ class ShardChanged(StorageError):
     """The object is not the one that reading began with."""
 
 
+class Transient(Exception):
+    """One attempt failed in a way that another may not; its text is the cause."""
+
+
 class RetryOptions(Protocol):
     """The part of ``StorageOptions`` that a ``Patience`` needs."""
 
@@ -38,21 +48,38 @@ class RetryOptions(Protocol):
     def longest_delay_s(self) -> float: ...
 
 
-class Patience:
-    """Counts failed attempts since the last progress, and waits between them: exponentially, with jitter."""
+class StorageCounters(Counter[str]):
+    """Counts that only grow, raised from several threads. All names exist from the start: it may be copied any time."""
 
-    def __init__(self, options: RetryOptions, *, counters: Counter[str]) -> None:
+    def __init__(self) -> None:
+        super().__init__(dict.fromkeys(COUNTERS, 0))
+        self._lock = threading.Lock()
+
+    def add(self, name: str, count: int = 1) -> None:
+        """Raises one count."""
+        with self._lock:
+            self[name] += count
+
+
+class Patience:
+    """Counts failed attempts since the last progress, and says how long to wait: exponentially longer, with jitter."""
+
+    def __init__(self, options: RetryOptions, *, counters: StorageCounters, attempts: int | None = None) -> None:
         self._options = options
         self._counters = counters
+        self._attempts = options.attempts if attempts is None else attempts
         self._failed = 0
+        self._progress = 0
         self._since = time.monotonic()
 
-    def progress(self) -> None:
-        """Bytes have come: the next failure is the first again."""
-        self._failed = 0
+    def progress(self, num_bytes: int) -> None:
+        """Bytes have come; after enough of them the next failure is the first again."""
+        self._progress += num_bytes
+        if self._progress >= _PROGRESS_BYTES:
+            self._failed = 0
 
-    def failed(self, what: str, cause: object) -> None:
-        """Waits before the next attempt.
+    def failed(self, what: str, cause: object) -> float:
+        """Seconds to wait before the next attempt.
 
         Raises:
             StorageError: there have been enough of them.
@@ -60,13 +87,15 @@ class Patience:
         if self._failed == 0:
             self._since = time.monotonic()
         self._failed += 1
-        if self._failed >= self._options.attempts:
+        self._progress = 0
+        if self._failed >= self._attempts:
             raise StorageError(
                 f"{what} failed {self._failed} times in {time.monotonic() - self._since:.0f} s (last: {cause}): check "
                 "the storage; --resume latest goes on where the run was."
             )
-        self._counters["retries"] += 1
-        delay_s = min(self._options.longest_delay_s, self._options.first_delay_s * 2 ** (self._failed - 1))
+        self._counters.add("retries")
+        delay_s: float = min(self._options.longest_delay_s, self._options.first_delay_s * 2 ** (self._failed - 1))
         delay_s *= random.Random().uniform(0.5, 1.0)  # not the global generator, whose numbers are the augmentation's
-        logger.warning("%s: %s Attempt %d in %.1f s.", what, cause, self._failed + 1, delay_s)
-        time.sleep(delay_s)
+        level = logging.INFO if self._failed < _QUIET_ATTEMPTS else logging.WARNING
+        logger.log(level, "%s: %s. Attempt %d in %.1f s.", what, cause, self._failed + 1, delay_s)
+        return delay_s
