@@ -23,6 +23,7 @@ from training.data.lanes import Deal, LanePosition, mix
 from training.data.tar_reader import RawSample
 
 _MAX_UNUSABLE_IN_A_ROW = 1000
+_MAX_UNUSABLE_SLOTS = 8
 _READ_AHEAD_THREADS = 4
 
 
@@ -114,7 +115,9 @@ class BatchFiller:
     def _fill_row(self, buffers: BatchBuffers, row: int, index: int, chunk: Chunk) -> str:
         """Decodes the lane's next usable sample into a row, counting what is left out; returns the caption."""
         stream, reader, counts = self._stream, self._readers[index], chunk.counts
-        for _ in range(_MAX_UNUSABLE_IN_A_ROW):
+        unusable, slots = 0, set[int]()
+        # One shard may be all bad; several in a row mean that something else is wrong.
+        while unusable < _MAX_UNUSABLE_IN_A_ROW or len(slots) < _MAX_UNUSABLE_SLOTS:
             start = time.perf_counter()
             taken = reader.take(chunk.faults)
             counts["read_us"] += _microseconds_since(start)
@@ -125,6 +128,8 @@ class BatchFiller:
             except UnusableSample as fault:
                 counts[f"skipped/{fault.reason}"] += 1
                 chunk.bad_shards[stream.source.shard_name(taken.id.slot)] += 1
+                unusable += 1
+                slots.add(taken.id.slot)
                 continue
             buffers.images[row].copy_(sample.image)
             counts["decode_us"] += _microseconds_since(start)
@@ -135,7 +140,7 @@ class BatchFiller:
             return sample.caption
         reasons = {name: count for name, count in counts.items() if name.startswith("skipped/")}
         raise ValueError(
-            f"{_MAX_UNUSABLE_IN_A_ROW} samples in a row cannot be used (last: {taken.raw.key!r} of "
+            f"{unusable} samples in a row cannot be used (last: {taken.raw.key!r} of "
             f"{stream.source.shard_name(taken.id.slot)} with members {sorted(taken.raw.members)}; {reasons}): check "
             "--train-data, --image-key and --text-key."
         )
