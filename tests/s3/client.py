@@ -98,9 +98,12 @@ class Bucket:
         lines: list[Any] = json.loads(self.server.call("GET", "/__log__"))
         requests = [Request(*line) for line in lines]
         wanted = f"/{self.name}/" if key is None else f"/{self.name}/{key}"
-        return [request for request in requests if request.method in ("GET", "HEAD") and (
-            request.path == wanted if key is not None else request.path.startswith(wanted)
-        )]
+        return [
+            request
+            for request in requests
+            if request.method in ("GET", "HEAD")
+            and (request.path == wanted if key is not None else request.path.startswith(wanted))
+        ]
 
     def bytes_sent(self, key: str) -> int:
         """Of an object, in all answers together."""
