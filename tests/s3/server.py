@@ -1,7 +1,7 @@
 """An object server for tests, in a process of its own: S3 and plain HTTP over a socket, with faults on demand.
 
     PUT /BUCKET/KEY             stores an object                     POST /__faults__   {"path": ..., "faults": [...]}
-    GET, HEAD /BUCKET/KEY       Range, If-Match, ETag, Last-Modified GET  /__log__      [[method, path, range, ...], ...]
+    GET, HEAD /BUCKET/KEY       Range, If-Match, ETag                GET  /__log__      [[method, path, range, ...], ...]
     /moto-*/KEY                 passed on to moto, which speaks all of S3 and checks signatures if asked to
 
 Objects lie in memory, so that the server is fast enough to measure clients against. It ends with the process that
@@ -10,6 +10,7 @@ started it: its standard input is the lifeline.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -260,10 +261,8 @@ class _Server(ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         """A connection that was reset is gone already."""
-        try:
+        with contextlib.suppress(OSError):
             super().shutdown_request(request)
-        except OSError:
-            pass
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that go away are what this server is for."""
