@@ -16,6 +16,7 @@ from training.data.accounting import (
     bad_fraction,
     data_metrics,
     from_vector,
+    samples_to_judge_by,
     to_vector,
 )
 from training.data.meter import DataMeter
@@ -38,7 +39,7 @@ def test_the_bad_fraction_counts_what_lost_shards_should_have_held():
 
 def test_a_spent_budget_ends_the_run_with_reasons_worst_shards_and_the_data_code():
     counts = {"read": 2000, "skipped/broken_image": 300, "lost/shard_damaged": 2}
-    with pytest.raises(DataBudgetExceeded, match=r"15\.0 % .*--max-bad-samples 0\.1.*'broken_image': 300") as stopped:
+    with pytest.raises(DataBudgetExceeded, match=r"300 of 2000 .*--max-bad-samples 0\.1.*'broken_image': 300") as stopped:
         BadSampleBudget(0.1).check(counts, worst_shards=lambda: Counter({"a.tar": 9, "b.tar": 291}))
     assert "Worst shards: b.tar (291), a.tar (9)" in str(stopped.value)
     assert stopped.value.code == 94
@@ -50,9 +51,12 @@ def test_a_budget_that_is_not_spent_asks_nobody(limit):
     BadSampleBudget(limit).check(counts, worst_shards=lambda: pytest.fail("asked"))
 
 
-def test_the_first_samples_alone_spend_no_budget():
-    counts = {"read": 999, "skipped/broken_image": 999}
-    BadSampleBudget(0.1).check(counts, worst_shards=lambda: pytest.fail("asked"))
+def test_one_bad_shard_at_the_beginning_spends_no_budget():
+    fewest = samples_to_judge_by(num_samples=1_000_000, slots_per_epoch=100)
+    counts = {"read": 10_000, "skipped/broken_image": 10_000}
+    BadSampleBudget(0.1, fewest).check(counts, worst_shards=lambda: pytest.fail("asked"))
+    with pytest.raises(DataBudgetExceeded, match="30000 of 30000"):
+        BadSampleBudget(0.1, fewest).check({"read": 30_000, "skipped/broken_image": 30_000}, worst_shards=Counter)
 
 
 def test_metrics_are_rates_since_the_last_look_and_totals_since_the_beginning():

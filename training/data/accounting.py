@@ -38,7 +38,7 @@ COUNTERS = (
     *(f"skipped/{reason}" for reason in (*UNUSABLE_REASONS, "other")),
 )
 _FEWEST_SAMPLES = 1000
-"""Read before the budget is looked at."""
+_FEWEST_SLOTS = 20
 _SHOWN_SHARDS = 5
 
 
@@ -85,9 +85,15 @@ def bad_fraction(counts: Mapping[str, int]) -> float:
 
 @dataclass(frozen=True)
 class BadSampleBudget:
-    """The limit of ``--max-bad-samples``."""
+    """The limit of ``--max-bad-samples``.
+
+    Args:
+        limit: fraction of the samples that may be unusable.
+        fewest: the fraction is taken of at least so many, or the first bad shard would spend the budget alone.
+    """
 
     limit: float
+    fewest: int = _FEWEST_SAMPLES
 
     def check(self, counts: Mapping[str, int], *, worst_shards: Callable[[], Counter[str]]) -> None:
         """
@@ -98,18 +104,24 @@ class BadSampleBudget:
         Raises:
             DataBudgetExceeded: with the reasons and the shards that contribute most.
         """
-        fraction = bad_fraction(counts)
-        if fraction <= self.limit or counts.get("read", 0) + counts.get("lost_samples", 0) < _FEWEST_SAMPLES:
+        bad = skipped(counts) + counts.get("lost_samples", 0)
+        seen = counts.get("read", 0) + counts.get("lost_samples", 0)
+        if bad <= self.limit * max(seen, self.fewest):
             return
         reasons = {
             name.partition("/")[2]: count for name, count in counts.items() if name.startswith(("skipped/", "lost/"))
         }
         worst = ", ".join(f"{shard} ({count})" for shard, count in worst_shards().most_common(_SHOWN_SHARDS))
         raise DataBudgetExceeded(
-            f"{100 * fraction:.1f} % of the samples cannot be used, more than --max-bad-samples {self.limit} allows: "
-            f"{reasons}. Worst shards: {worst}. `clipyard data inspect` shows why; raise --max-bad-samples (1: no "
-            "limit) to go on with --resume latest."
+            f"{bad} of {seen} samples cannot be used, more than --max-bad-samples {self.limit} allows: {reasons}. Worst "
+            f"shards: {worst}. `clipyard data inspect` shows why; raise --max-bad-samples (1: no limit) to go on with "
+            "--resume latest."
         )
+
+
+def samples_to_judge_by(*, num_samples: int, slots_per_epoch: int) -> int:
+    """How many samples the budget's fraction is taken of at least: those of 20 slots, or of an epoch of fewer."""
+    return max(_FEWEST_SAMPLES, min(num_samples, _FEWEST_SLOTS * num_samples // slots_per_epoch))
 
 
 def data_metrics(counts: Mapping[str, int], *, before: Mapping[str, int], elapsed_s: float) -> dict[str, float]:
