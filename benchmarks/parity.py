@@ -62,7 +62,7 @@ def check_parity(ours: StepArm, theirs: StepArm, batches: Sequence[DeviceBatch],
 
 
 def _gradient_difference(ours: StepArm, theirs: StepArm, batch: DeviceBatch) -> float | None:
-    small = type(batch)(*(tensor[:8] for tensor in batch))
+    small = DeviceBatch(batch.images[:8], batch.texts[:8])
     if any(parameter.dtype != torch.float32 for parameter in ours.model.parameters()):
         return None
     mine, other = _gradients(ours, small), _gradients(theirs, small)

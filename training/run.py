@@ -147,8 +147,10 @@ def record_data(run: Run, loader: TrainLoader, *, first_step: int) -> None:
         *(loader.num_samples, loader.source.slots_per_epoch, deal.num_lanes, lanes, deal.block),
     )
     if loader.num_workers > lanes:
-        idle = loader.num_workers - lanes
-        logger.warning("%d of %d workers have no lane: lower --workers, or raise --data-lanes.", idle, loader.num_workers)
+        logger.warning(
+            "%d of %d workers have no lane: lower --workers, or raise --data-lanes.",
+            *(loader.num_workers - lanes, loader.num_workers),
+        )
     if run.runtime.is_main and run.paths is not None:
         start = {
             "step": first_step,

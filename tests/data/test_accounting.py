@@ -23,7 +23,8 @@ from training.data.meter import DataMeter
 
 
 def test_counters_survive_the_way_through_a_vector():
-    counts = Counter({name: index + 1 for index, name in enumerate(COUNTERS)}) + Counter({"source/0": 7, "source/2": 5})
+    counts = Counter({name: index + 1 for index, name in enumerate(COUNTERS)})
+    counts += Counter({"source/0": 7, "source/2": 5})
     assert from_vector(to_vector(counts, num_sources=3)) == counts
 
 
@@ -39,7 +40,8 @@ def test_the_bad_fraction_counts_what_lost_shards_should_have_held():
 
 def test_a_spent_budget_ends_the_run_with_reasons_worst_shards_and_the_data_code():
     counts = {"read": 2000, "skipped/broken_image": 300, "lost/shard_damaged": 2}
-    with pytest.raises(DataBudgetExceeded, match=r"300 of 2000 .*--max-bad-samples 0\.1.*'broken_image': 300") as stopped:
+    message = r"300 of 2000 .*--max-bad-samples 0\.1.*'broken_image': 300"
+    with pytest.raises(DataBudgetExceeded, match=message) as stopped:
         BadSampleBudget(0.1).check(counts, worst_shards=lambda: Counter({"a.tar": 9, "b.tar": 291}))
     assert "Worst shards: b.tar (291), a.tar (9)" in str(stopped.value)
     assert stopped.value.code == 94

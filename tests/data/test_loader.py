@@ -11,8 +11,8 @@ import torch
 from models.config import PreprocessConfig
 from tests.factories import character_tokens, jpeg_bytes, token_texts, write_csv, write_shards, write_tar
 from training.config import DataConfig, ImageConfig
-from training.data.batch import Batch
 from training.data.accounting import skipped
+from training.data.batch import Batch
 from training.data.build import (
     build_train_loader,
     choose_block,
@@ -239,7 +239,9 @@ def test_too_few_samples_for_a_batch_is_an_error(shards: str) -> None:
         _loader(DataConfig(train_data=shards, batch_size=64, workers=0), world_size=2)
 
 
-@pytest.mark.parametrize(("lanes", "message"), [(1, "1 lanes for 2 ranks"), (33, r"33 lanes for 32 slots.*--data-lanes 32")])
+@pytest.mark.parametrize(
+    ("lanes", "message"), [(1, "1 lanes for 2 ranks"), (33, r"33 lanes for 32 slots.*--data-lanes 32")]
+)
 def test_a_number_of_lanes_that_cannot_work_is_an_error(shards: str, lanes: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _loader(DataConfig(train_data=shards, batch_size=1, data_lanes=lanes), world_size=2)

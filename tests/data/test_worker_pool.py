@@ -71,7 +71,8 @@ def test_a_killed_worker_is_replaced_and_no_sample_is_lost_or_repeated(tmp_path,
 
 
 def test_workers_that_die_again_and_again_end_the_run_with_the_signal_named(tmp_path):
-    (loader,) = Job(NumberSource(SIZES), 7, 5, KillingDecoder(tmp_path / "killed", always=True), workers=1).loaders(1, 6)
+    decoder = KillingDecoder(tmp_path / "killed", always=True)
+    (loader,) = Job(NumberSource(SIZES), 7, 5, decoder, workers=1).loaders(1, 6)
     with pytest.raises(WorkerDied, match=r"worker 0 \(process \d+\): killed by SIGKILL"):
         list(islice(loader, 30))
 

@@ -23,7 +23,11 @@ class Source(Protocol):
     """What lanes read: an endless sequence of slots."""
 
     slots_per_epoch: int
-    source_names: Sequence[str]
+
+    @property
+    def source_names(self) -> Sequence[str]:
+        """The names of the ``::``-joined sources."""
+        ...
 
     def read_slot(self, slot: int, *, start: int, offset: int) -> Iterator[RawSample]:
         """The samples of a slot in file order, from raw index ``start`` on, which is at byte ``offset`` if not 0."""
@@ -87,7 +91,8 @@ def read_blocks(source: Source, deal: Deal, lane: int, position: LanePosition) -
             length = deal.block_length(lane, turn, start)
             block, error = _take(samples, length)
             if error is not None:
-                faults.append(_fault(error, slot=slot, shard=source.shard_name(slot), samples_before=start + len(block)))
+                before = start + len(block)
+                faults.append(_fault(error, slot=slot, shard=source.shard_name(slot), samples_before=before))
             if block:
                 found = True
                 yield Block(turn, slot, start, taken, block, faults)

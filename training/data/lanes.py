@@ -180,7 +180,7 @@ class Deal:
             self._rest(lane, position, item)
             for lane, (position, item) in enumerate(zip(positions, current, strict=True))
         ]
-        for lane, item in enumerate(current):
+        for item in current:
             unread += [(later, self._item(later)) for later in range(item + self.num_lanes, last + 1, self.num_lanes)]
         pieces = np.array([piece for _, piece in sorted(unread)], dtype=np.int64)
         return Deal(num_lanes, block, self.seed, self.first_slot + last + 1 - len(self.pieces), pieces)

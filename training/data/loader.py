@@ -202,9 +202,8 @@ class TrainLoader:
 
     def epoch_of_lanes(self) -> tuple[float, float, float]:
         """(least, mean, greatest) number of passes over the data that a lane of this rank has begun or finished."""
-        slots = [
-            self.deal.piece(lane, position.turn).slot for lane, position in zip(self.lanes, self._positions, strict=True)
-        ]
+        places = zip(self.lanes, self._positions, strict=True)
+        slots = [self.deal.piece(lane, position.turn).slot for lane, position in places]
         epochs = [slot / self.source.slots_per_epoch for slot in slots]
         return min(epochs), sum(epochs) / len(epochs), max(epochs)
 

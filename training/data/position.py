@@ -76,8 +76,10 @@ def read_position(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> St
     identity = StreamIdentity(*(facts[name] for name in StreamIdentity._fields))
     deal = Deal(facts["num_lanes"], facts["block"], identity.seed, facts["first_slot"], tensors["pieces"].numpy())
     lanes = [
-        LanePosition(*small, offset)
-        for small, offset in zip(tensors["lanes"].tolist(), tensors["offsets"].tolist(), strict=True)
+        LanePosition(turn, block_start, taken, offset)
+        for (turn, block_start, taken), offset in zip(
+            tensors["lanes"].tolist(), tensors["offsets"].tolist(), strict=True
+        )
     ]
     totals, bad_shards = Counter(facts["totals"]), Counter(facts["bad_shards"])
     return StreamPosition(identity, deal, lanes, facts["emitted"], facts["cursors"], totals, bad_shards)

@@ -127,10 +127,8 @@ def _report_end(worker: int, pid: int) -> None:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def host_command(paths: Sequence[str]) -> list[str]:

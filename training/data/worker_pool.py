@@ -114,7 +114,7 @@ class WorkerPool:
     def _host_output(self, worker: int) -> Iterator[bytes]:
         stdout = _pipe(self._host.stdout)
         end = time.monotonic() + _LAST_WORDS_S
-        while wait([stdout], max(0.0, end - time.monotonic())):
+        while wait([stdout.fileno()], max(0.0, end - time.monotonic())):
             text = stdout.read(4096)
             yield text
             if not text or f"worker {worker} ".encode() in text:
