@@ -1,8 +1,8 @@
 """An object server for tests, in a process of its own: S3 and plain HTTP over a socket, with faults on demand.
 
-    PUT /BUCKET/KEY             stores an object                     POST /__faults__   {"path": ..., "faults": [...]}
-    GET, HEAD /BUCKET/KEY       Range, If-Match, ETag                GET  /__log__      [[method, path, range, ...], ...]
-    /moto-*/KEY                 passed on to moto, which speaks all of S3 and checks signatures if asked to
+    PUT /BUCKET/KEY         stores an object      POST /__faults__   {"path": ..., "faults": [...]}
+    GET, HEAD /BUCKET/KEY   Range, If-Match       GET  /__log__      [[method, path, range, ...], ...]
+    /moto-*/KEY             passed on to moto, which speaks all of S3 and checks signatures if asked to
 
 Objects lie in memory, so that the server is fast enough to measure clients against. It ends with the process that
 started it: its standard input is the lifeline.
