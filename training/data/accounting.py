@@ -114,8 +114,8 @@ class BadSampleBudget:
         worst = ", ".join(f"{shard} ({count})" for shard, count in worst_shards().most_common(_SHOWN_SHARDS))
         raise DataBudgetExceeded(
             f"{bad} of {seen} samples cannot be used, more than --max-bad-samples {self.limit} allows: {reasons}. "
-            f"Worst shards: {worst}. `clipyard data inspect` shows why; raise --max-bad-samples (1: no limit) to go on with "
-            "--resume latest."
+            f"Worst shards: {worst}. `clipyard data inspect` shows why; raise --max-bad-samples (1: no limit) to go on "
+            "with --resume latest."
         )
 
 
