@@ -281,7 +281,7 @@ def test_members_are_never_decoded(extension: str, tmp_path: Path, monkeypatch: 
     ("archive", "message"),
     [
         (b"", "empty file: 0 bytes"),
-        (gzip.compress(_member("a.txt", mtime=0) + END), r"at byte 0: the file is compressed with gzip.*pipe:gzip -dc"),
+        (gzip.compress(_member("a.txt") + END, mtime=0), r"at byte 0: the file is compressed with gzip.*pipe:gzip -dc"),
         (b"\x28\xb5\x2f\xfd" + bytes(600), "compressed with zstd"),
         (b"\xfd7zXZ\x00", "compressed with xz"),
         (b"BZh9" + b"1" * 600, "compressed with bzip2"),
