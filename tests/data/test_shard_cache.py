@@ -1,4 +1,4 @@
-"""The local cache of remote shards: what it serves is right, whatever happens to its files, its disk and its processes."""
+"""The local cache of remote shards serves what is right, whatever happens to its files, its disk and its processes."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ def _copies(directory: Path) -> list[Path]:
 
 def _partial(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.partial"))
+
+
+def _age(directory: Path) -> None:
+    """Makes all copies look as if they had been used a minute earlier."""
+    for copy in _copies(directory):
+        os.utime(copy, (copy.stat().st_mtime - 60,) * 2)
 
 
 @pytest.fixture
@@ -129,10 +135,9 @@ def test_a_copy_of_another_shard_is_never_served(s3: Bucket, url: str, tmp_path:
 def test_the_shards_unused_for_longest_make_room(s3: Bucket, tmp_path: Path) -> None:
     urls = [s3.put(f"{number}.tar", DATA) for number in range(5)]
     storage = _storage(tmp_path, gib=SMALL_GIB)  # room for three
-    for age, url in enumerate(urls[:2]):
+    for url in urls[:2]:
         _read(storage, url)
-        for copy in _copies(tmp_path):
-            os.utime(copy, (time.time() - 100 + age,) * 2) if copy.stat().st_mtime > time.time() - 50 else None
+        _age(tmp_path)
     _read(storage, urls[0])  # used again: the other one is the oldest now
     for url in urls[2:]:
         _read(storage, url)

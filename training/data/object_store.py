@@ -13,7 +13,9 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
+from urllib.request import Request, urlopen
 
 import obstore
 from obstore.exceptions import (
@@ -44,13 +46,12 @@ _DENIED_CODES = re.compile(
     "SignatureDoesNotMatch|RequestTimeTooSkewed|AuthorizationHeaderMalformed)</Code>"
 )
 _ASKED_AGAIN = (408, 425, 429)
-_REGION = re.compile(r"<Region>([a-z0-9-]+)</Region>|<Endpoint>[^<]*s3[.-]([a-z]{2}-[a-z0-9-]+-\d)\.amazonaws")
-_IDENTITY_SERVICES = (
-    "://169.254.",
-    "://[fd00:ec2",
-    "://sts.",
-    "AssumeRole",
-    "External AWS credential provider",
+_REGION = re.compile(r"<Region>([a-z0-9-]+)</Region>")
+_REDIRECT = "redirect without LOCATION"
+_ANY_REGION = "https://s3.amazonaws.com"
+_REGION_TIMEOUT_S = 10.0
+_IDENTITY_SERVICE = re.compile(
+    r"Error performing \w+ https?://(169\.254\.|\[fd00:ec2|sts\.)|External AWS credential provider"
 )
 _CAUSES = {
     "IncompleteBody": "the body ended early",
@@ -62,6 +63,8 @@ _CAUSES = {
 }
 
 _runtime_pid: int | None = None
+_served: set[tuple[str, S3Settings | None]] = set()
+"""Whose credentials have worked in this process."""
 
 
 class RangesUnsupported(Exception):
@@ -100,6 +103,7 @@ class RemoteObject:
         self._timeouts = _timeouts(options, whole=whole)
         parts = urlsplit(url)
         self._settings: S3Settings | None = None
+        self._bucket = ""
         self.name = url
         """For messages: the URL without its query, which may hold a signature."""
         if parts.scheme in ("http", "https"):
@@ -139,6 +143,7 @@ class RemoteObject:
         if expected is not None and expected.etag is not None and not expected.etag.startswith("W/"):
             options["if_match"] = expected.etag  # a weak one never matches, by the standard
         result = obstore.get(self._store, self._path, options=options)
+        _served.add((self._bucket, self._settings))
         version = Version(result.meta["size"], result.meta["e_tag"])
         if expected is not None and version != expected:
             raise self._changed(
@@ -159,12 +164,13 @@ class RemoteObject:
         self._store = _s3_store(os.getpid(), self._bucket, settings, self._timeouts)
 
     def _move_to_region_in(self, error: Exception) -> bool:
-        """Whether S3 named another region than we asked in; the command goes there by itself, so we do."""
-        found = _REGION.search(str(error))
-        if found is None or self._settings is None:
+        """Whether the bucket is in another region than we asked in; the command goes there by itself, so we do."""
+        text = str(error)
+        found = _REGION.search(text)
+        if self._settings is None or (found is None and _REDIRECT not in text):
             return False
-        region = found[1] or found[2]
-        if region == self._settings.region:
+        region = found[1] if found is not None else _bucket_region(self._bucket, self._settings)
+        if region is None or region == self._settings.region:
             return False
         self._connect(self._settings._replace(region=region))
         return True
@@ -179,12 +185,14 @@ class RemoteObject:
             return ShardMissing(f"{self.name!r} does not exist ({said}): correct its name.")
         if isinstance(error, PreconditionError):
             return self._changed(f"at byte {at} the server said: {said}")
-        if any(name in text for name in _IDENTITY_SERVICES):
+        if _IDENTITY_SERVICE.search(text):
             return self._translate_login(error, status, said)
         if isinstance(error, PermissionDeniedError | UnauthenticatedError) or _DENIED_CODES.search(text):
             return AccessDenied(f"{self.name!r} may not be read, the server says: {said}. {self._remedy()}")
         if isinstance(error, NotSupportedError):
             return RangesUnsupported(said)
+        if _REDIRECT in text:
+            return StorageError(f"{self.name!r} is in another region, and S3 does not say which: set AWS_REGION.")
         if status == 416:
             return OutOfRange(said)
         refused = status is not None and status < 500 and status not in _ASKED_AGAIN and "RequestTimeout" not in text
@@ -193,8 +201,9 @@ class RemoteObject:
         return Transient(said)
 
     def _translate_login(self, error: Exception, status: int | None, said: str) -> Exception:
-        """No answer about credentials: fatal, unless the service that gives them is only busy."""
-        if status is not None and (status >= 500 or status in _ASKED_AGAIN):
+        """No answer about credentials: fatal, unless they were there before or the service that gives them is busy."""
+        busy = status is not None and (status >= 500 or status in _ASKED_AGAIN)
+        if busy or (self._bucket, self._settings) in _served:
             return Transient(f"no credentials: {said}")
         if isinstance(error, UnauthenticatedError):
             return AccessDenied(f"{self.name!r} may not be read, the credentials of this machine are not: {said}.")
@@ -251,6 +260,20 @@ def _s3_store(pid: int, bucket: str, settings: S3Settings, timeouts: Timeouts) -
     provider: Callable[[], Any] | None = profile_credentials(settings.profile) if settings.profile is not None else None
     insecure = settings.endpoint is not None and settings.endpoint.startswith("http:")
     return S3Store(bucket, config=config, credential_provider=provider, **_client(timeouts, allow_http=insecure))
+
+
+def _bucket_region(bucket: str, settings: S3Settings) -> str | None:
+    """S3 tells anybody, but in a header that our client does not pass on."""
+    request = Request(f"{settings.endpoint or _ANY_REGION}/{bucket}", method="HEAD")
+    try:
+        with urlopen(request, timeout=_REGION_TIMEOUT_S) as answer:
+            headers = answer.headers
+    except HTTPError as error:
+        headers = error.headers
+    except OSError:
+        return None
+    region = headers.get("x-amz-bucket-region")
+    return str(region) if region else None
 
 
 def _client(timeouts: Timeouts, *, allow_http: bool) -> dict[str, Any]:

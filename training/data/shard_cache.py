@@ -55,7 +55,10 @@ class ShardCache:
             copy = _Copy(path, url)
         except FileNotFoundError:
             copy = None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            self.give_up(error)
+            copy = None
+        except (ValueError, KeyError, TypeError) as error:
             self.remove_damaged(url, error, counters)
             copy = None
         if copy is not None:
