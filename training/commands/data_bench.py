@@ -1,0 +1,125 @@
+"""``clipyard data bench URL``: how fast this machine loads and decodes shards, and where the time goes.
+
+Loads as training does, workers and all, and drops the batches. Compare samples/s with what the model takes: loading is
+no limit while it is faster. Other flags of training (``--aug-cfg``, ``--json-text-key``, ...) are taken as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from models.config import PreprocessConfig, as_pair, load_model_config
+from models.tokenizer import build_tokenizer
+from training.cli import parse_args
+from training.config import Config
+from training.data.build import build_train_loader
+from training.data.loader import TrainLoader
+
+_STAGES = ("read", "decode", "tokenize")
+_ENDLESS = 1 << 40  # samples per epoch
+_READY_BATCHES = 6
+"""More than the ring holds."""
+
+
+class Measured(NamedTuple):
+    """What was loaded in the time."""
+
+    samples: int
+    seconds: float
+    counts: Counter[str]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's own options; all others are training's."""
+    parser = argparse.ArgumentParser(prog="clipyard data bench", description=__doc__, allow_abbrev=False)
+    parser.add_argument("url", metavar="URL", help="as for --train-data")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="how long to measure, after warming up (%(default)s)"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="loader processes; 0: this process (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=256, help="(%(default)s)")
+    parser.add_argument("--model", default="ViT-B-32", help="whose image size and tokenizer (%(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure and print; 1 if there is nothing to load."""
+    arguments, training_flags = build_parser().parse_known_args(argv)
+    try:
+        config = parse_args(_flags(arguments, training_flags))
+        loader = _build_loader(config)
+        loader.check_first_sample()
+    except (ValueError, RuntimeError) as error:
+        sys.stderr.write(f"clipyard data bench: {error}\n")
+        return 1
+    measured = measure(loader, seconds=arguments.seconds)
+    sys.stdout.write("\n".join(report(measured, workers=config.data.workers)) + "\n")
+    return 0
+
+
+def _flags(arguments: argparse.Namespace, training_flags: Sequence[str]) -> list[str]:
+    """A training run's command line. Its epoch has no end: the command stops by the clock."""
+    return [
+        *("--train-data", arguments.url, "--train-num-samples", str(_ENDLESS), "--model", arguments.model),
+        *("--workers", str(arguments.workers), "--batch-size", str(arguments.batch_size)),
+        *training_flags,
+    ]
+
+
+def _build_loader(config: Config) -> TrainLoader:
+    model = load_model_config(config.model.model)
+    size = config.model.force_image_size or model.vision_cfg.image_size
+    return build_train_loader(
+        config.data,
+        config.image,
+        preprocess=PreprocessConfig(size=as_pair(size[0] if isinstance(size, tuple) and len(size) == 1 else size)),
+        tokenizer=build_tokenizer(model),
+        rank=0,
+        world_size=1,
+        accum_freq=1,
+        seed=config.engine.seed,
+    )
+
+
+def measure(loader: TrainLoader, *, seconds: float) -> Measured:
+    """Loads for a while; the clock starts once the batches that were loaded while the workers started are taken."""
+    batches = iter(loader)
+    for _ in range(_READY_BATCHES):
+        next(batches)
+    counts: Counter[str] = Counter()
+    taken = 0
+    start = time.perf_counter()
+    while taken == 0 or time.perf_counter() - start < seconds:
+        counts += next(batches).record.counts
+        taken += 1
+    return Measured(taken * loader.batch_size, time.perf_counter() - start, counts)
+
+
+def report(measured: Measured, *, workers: int) -> Iterator[str]:
+    """The lines of the report."""
+    samples, seconds, counts = measured
+    processes = max(1, workers)
+    rate = samples / seconds
+    yield f"{rate:,.0f} samples/s, {rate / processes:,.0f} per worker ({samples:,} samples in {seconds:.1f} s)"
+    busy_us = sum(counts[f"{stage}_us"] for stage in _STAGES)
+    for stage in _STAGES:
+        spent_us = counts[f"{stage}_us"]
+        yield f"  {stage:<9}{spent_us / samples:>8,.0f} us per sample{spent_us / max(busy_us, 1):>7.0%}"
+    waiting = max(0.0, 1 - busy_us / 1e6 / seconds / processes)
+    yield f"  waiting for this process, or for a processor: {waiting:.0%} of the workers' time"
+    megabytes = counts["bytes_read"] / 1e6
+    yield f"read {megabytes / seconds:,.1f} MB/s, {1e3 * megabytes / samples:,.1f} kB per sample"
+    skipped = {name.removeprefix("skipped/"): n for name, n in counts.items() if name.startswith("skipped/")}
+    reasons = ", ".join(f"{name} {n:,}" for name, n in skipped.items()) or "none"
+    yield f"skipped: {reasons}" + (f" ({sum(skipped.values()) / counts['read']:.2%})" if skipped else "")
+    if counts["retries"]:
+        yield f"retries: {counts['retries']:,}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
