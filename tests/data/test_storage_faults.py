@@ -134,10 +134,13 @@ def test_a_missing_object_is_told_at_once(s3: Bucket, scheme: str) -> None:
     assert storage.counters["requests"] == 1
 
 
+@pytest.mark.parametrize("ignore_if_match", [False, True])
 @pytest.mark.parametrize("length", [len(DATA), len(DATA) - 7])
-def test_an_object_that_changes_gives_no_byte_of_the_new_one(s3: Bucket, url: str, length: int) -> None:
+def test_an_object_that_changes_gives_no_byte_of_the_new_one(
+    s3: Bucket, url: str, length: int, ignore_if_match: bool
+) -> None:
     s3.put("new.tar", DATA[::-1][:length])
-    s3.faults("a.tar", Fault(times=1, after=1, replace_with=f"/{s3.name}/new.tar"))
+    s3.faults("a.tar", Fault(after=1, replace_with=f"/{s3.name}/new.tar", ignore_if_match=ignore_if_match))
     read = []
     with Storage(QUICK).open(url) as stream:
 

@@ -53,6 +53,8 @@ class Fault:
     trickle_s: float = 0.1
     replace_with: str = ""
     """A path: from now on its object is served, with its ETag."""
+    ignore_if_match: bool = False
+    """As a plain web server may: the client has to look at the ETag itself."""
 
 
 class Request(NamedTuple):
@@ -153,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.state.fault_of(self._key())
         if fault is not None and fault.replace_with:
             self.state.objects[self._key()] = self.state.objects[fault.replace_with]
-            fault = None
+            fault = Fault(ignore_if_match=fault.ignore_if_match)
         if fault is not None and fault.status:
             self._refuse(fault.status, fault.code)
         elif self.path.startswith("/moto-"):
@@ -167,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "NoSuchKey")
             return
         wanted = self.headers.get("If-Match")
-        if wanted is not None and wanted != found.etag:
+        if wanted is not None and wanted != found.etag and not (fault is not None and fault.ignore_if_match):
             self._refuse(412, "PreconditionFailed")
             return
         size = len(found.data)
