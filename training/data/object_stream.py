@@ -82,7 +82,8 @@ class ObjectStream:
                 self._next_piece()
             else:
                 self._chunks[0].drop()
-                self.offset = self._chunks.popleft().end
+                self.offset = self._chunks[0].end
+                self._next_chunk()
         self._ask_ahead()
 
     def close(self) -> None:
@@ -105,17 +106,27 @@ class ObjectStream:
             if piece is not None:
                 self._piece = memoryview(piece)
                 return True
-            self._chunks.popleft()
+            self._next_chunk()
             self._ask_ahead()
         return False
+
+    def _next_chunk(self) -> None:
+        self._chunks.popleft()
+        if self._chunks:
+            _ahead.give_back(self._chunks[0])  # it is used now
 
     def _ask_ahead(self) -> None:
         assert self.size is not None
         while len(self._chunks) <= self._options.chunks_ahead and self._asked < self.size:
-            self._ask(min(self.size, self._asked + self._options.chunk_bytes))
+            end = min(self.size, self._asked + self._options.chunk_bytes)
+            is_ahead = len(self._chunks) > 0
+            if is_ahead and not _ahead.take(end - self._asked, limit=self._options.ahead_bytes):
+                return
+            self._ask(end, is_ahead=is_ahead)
 
-    def _ask(self, end: int) -> None:
+    def _ask(self, end: int, *, is_ahead: bool = False) -> None:
         chunk = _Chunk(self._asked, end)
+        chunk.ahead_bytes = end - self._asked if is_ahead else 0
         fetch = _Fetch(self._remote, chunk, self._version, options=self._options, counters=self._counters)
         _threads(os.getpid()).submit(fetch.run)
         self._chunks.append(chunk)
@@ -129,6 +140,8 @@ class _Chunk:
         self.start = start
         self.end = end
         self.dropped = False
+        self.ahead_bytes = 0
+        """Of the budget of this process."""
         self._changed = threading.Condition()
         self._pieces: deque[bytes] = deque()
         self._version: Version | None = None
@@ -156,6 +169,7 @@ class _Chunk:
 
     def drop(self) -> None:
         """Nobody wants the rest."""
+        _ahead.give_back(self)
         with self._changed:
             self.dropped = True
             self._pieces.clear()
@@ -183,6 +197,31 @@ class _Chunk:
             if self._error is not None:
                 raise self._error
             return None
+
+
+class _AheadBudget:
+    """The bytes that all streams of this process have asked for ahead of their use."""
+
+    def __init__(self) -> None:
+        self.used = 0
+        self._lock = threading.Lock()
+
+    def take(self, num_bytes: int, *, limit: int) -> bool:
+        """Whether so many more are within the limit; they are counted then."""
+        with self._lock:
+            if self.used + num_bytes > limit:
+                return False
+            self.used += num_bytes
+            return True
+
+    def give_back(self, chunk: _Chunk) -> None:
+        """The chunk is not ahead any more; it may be said twice."""
+        with self._lock:
+            self.used -= chunk.ahead_bytes
+            chunk.ahead_bytes = 0
+
+
+_ahead = _AheadBudget()
 
 
 class _Fetch:

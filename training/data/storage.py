@@ -40,7 +40,7 @@ _FILE_PREFIX = "file://"
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """How shards are fetched. A stream holds up to ``(1 + chunks_ahead) * chunk_bytes`` in memory."""
+    """How shards are fetched. A remote stream holds up to ``(1 + chunks_ahead) * chunk_bytes`` in memory."""
 
     s3_native: bool = True
     """Read ``pipe:aws s3 cp s3://... -`` without the command."""
@@ -59,10 +59,13 @@ class StorageOptions:
     """A request that brings less than ``low_speed_bytes_per_s`` for so long is dropped as well."""
     pipe_timeout_s: float = 120.0
     """Without output, a command is ended and run again."""
-    chunk_bytes: int = 8 << 20
+    chunk_bytes: int = 4 << 20
     """Asked for in one request."""
     chunks_ahead: int = 2
     """On their way while one is used."""
+    ahead_bytes: int = 128 << 20
+    """Of all streams of a process together: a rank may have 48 lanes, each with a stream, on one worker. A stream that
+    finds nothing left asks for its next chunk when it needs it."""
 
 
 class ShardStream(Protocol):
