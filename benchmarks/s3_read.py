@@ -1,11 +1,13 @@
-"""CPU seconds per GB and time to the first byte: our S3 reader against ``aws s3 cp``, on one local server.
+"""CPU seconds per GB and time to the first byte: our S3 reader against ``aws s3 cp`` on one local server, and files.
 
     python -m benchmarks.s3_read --aws PATH_TO_AWS
 
-    server process (objects in memory) <- storage | pipe, one fresh reader process per round, A B B A ... -> JSON
+    server process (objects in memory) <- storage | pipe, and files <- cat | file, one fresh reader process per round,
+    A B C D D C B A ... -> JSON
 
 What counts is the processor time of the reader and everything it starts; the server's is its own. The pipe is
-``pipe:aws s3 cp s3://... -`` read by the same tar-sized reads. Without ``--aws``, awscli is installed by pip into a
+``pipe:aws s3 cp s3://... -`` read by the same tar-sized reads; ``pipe:cat FILE`` and the file itself, from the page
+cache, show what a pipe and no network cost. Without ``--aws``, awscli is installed by pip into a
 temporary environment.
 """
 
@@ -34,7 +36,7 @@ from benchmarks.provenance import ROOT, describe_run
 from training.data.storage import Storage, StorageOptions
 
 RESULTS = ROOT / "benchmarks" / "results"
-ARMS = ("storage", "pipe")
+ARMS = ("storage", "pipe", "cat", "file")
 _READ_BYTES = 64 << 10
 """As large as a member of a shard."""
 logger = logging.getLogger("benchmarks.s3_read")
@@ -80,19 +82,35 @@ def measure(arguments: argparse.Namespace, aws: Path) -> dict[str, Any]:
     """Alternating rounds of both arms, each in a fresh process."""
     version = subprocess.run([aws, "--version"], capture_output=True, text=True, check=True).stdout.strip()
     rounds: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-    with serve(arguments.shards, arguments.shard_mb * 1_000_000) as (endpoint, keys):
+    with (
+        serve(arguments.shards, arguments.shard_mb * 1_000_000) as (endpoint, keys),
+        tempfile.TemporaryDirectory() as directory,
+    ):
+        copy = [f"pipe:{aws} s3 cp s3://bench/{key} -" for key in keys]
+        files = save_files(directory, len(keys), arguments.shard_mb * 1_000_000)
+        urls = {"storage": copy, "pipe": copy, "cat": [f"pipe:cat {file}" for file in files], "file": files}
         for number in range(arguments.rounds):
             for arm in ARMS if number % 2 == 0 else reversed(ARMS):
-                rounds[arm].append(run_round(arm, endpoint, [f"pipe:{aws} s3 cp s3://bench/{key} -" for key in keys]))
+                rounds[arm].append(run_round(arm, endpoint, urls[arm]))
                 logger.info("round %d %s: %s", number, arm, rounds[arm][-1])
+    run = describe_run(torch.device("cpu"))
+    run["command"] = str(run["command"]).replace(str(arguments.aws), "aws")  # no place on this machine
     settings = {name: getattr(arguments, name) for name in ("shards", "shard_mb", "rounds")}
     return {
         "benchmark": "s3_read",
         "settings": settings | {"aws": version, "read_bytes": _READ_BYTES},
-        "run": describe_run(torch.device("cpu")),
+        "run": run,
         "arms": {arm: {name: spread([one[name] for one in runs]) for name in runs[0]} for arm, runs in rounds.items()},
         "rounds": rounds,
     }
+
+
+def save_files(directory: str, shards: int, shard_bytes: int) -> list[str]:
+    """The objects of the server as files."""
+    files = [Path(directory) / f"{shard:03d}.tar" for shard in range(shards)]
+    for shard, file in enumerate(files):
+        file.write_bytes(Random(shard).randbytes(shard_bytes))
+    return [str(file) for file in files]
 
 
 def run_round(arm: str, endpoint: str, urls: Sequence[str]) -> dict[str, float]:
