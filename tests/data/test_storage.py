@@ -15,12 +15,10 @@ import fsspec
 import pytest
 
 from tests.s3.client import Bucket
-from training.data.storage import (
-    Storage,
-    StorageError,
-    StorageOptions,
-    open_shard,
-)
+from tests.s3.server import Fault
+from training.data.storage import Storage, StorageError, StorageOptions, open_shard
+from training.data.storage_errors import StorageCounters
+from training.data.streams import SeekableStream
 
 DATA = Random(2).randbytes(2_500_000)
 QUICK = StorageOptions(first_delay_s=0.01, longest_delay_s=0.02, pipe_timeout_s=0.5)
@@ -85,9 +83,6 @@ class _BreakingFile:
 
 @pytest.mark.parametrize(("period", "good"), [(3, True), (1, False)])
 def test_a_file_that_breaks_is_opened_again_at_the_byte_reached(tmp_path: Path, period: int, good: bool) -> None:
-    from training.data.storage_errors import StorageCounters
-    from training.data.streams import SeekableStream
-
     (tmp_path / "a.tar").write_bytes(DATA)
     _BreakingFile.reads, _BreakingFile.period = 0, period
     counters = StorageCounters()
@@ -108,6 +103,21 @@ def test_a_command_that_hangs_is_run_again_and_then_is_an_error() -> None:
     with pytest.raises(StorageError, match="failed 4 times.*no output"):
         Storage(replace(QUICK, pipe_timeout_s=0.2)).read_bytes("pipe:printf x; sleep 60")
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(("lowest", "retries"), [(2e6, 1), (1e3, 0)])
+def test_a_trickle_is_dropped_below_the_lowest_speed_and_told_above_it(
+    s3: Bucket, caplog: pytest.LogCaptureFixture, lowest: float, retries: int
+) -> None:
+    """0.9 MB/s; the limit of a whole request is far off."""
+    url = s3.put("slow.tar", DATA)
+    s3.faults("slow.tar", Fault(times=1, trickle_bytes=256 << 10, trickle_s=0.3))
+    storage = Storage(replace(QUICK, low_speed_bytes_per_s=lowest, low_speed_s=0.5, chunk_bytes=1 << 25))
+    start = time.monotonic()
+    assert storage.read_bytes(url) == DATA
+    assert storage.counters["retries"] == retries
+    assert (time.monotonic() - start > 2.4) == (retries == 0)
+    assert ("slow.tar' comes slowly" in caplog.text) == (retries == 0)
 
 
 def test_a_copy_command_is_read_natively_unless_that_is_off(
