@@ -63,8 +63,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", default="both", choices=("both", "clipyard", "open_clip"))
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--samples", type=int, default=2048, help="different photos per size")
-    parser.add_argument("--rounds", type=int, default=5, help="per arm, alternating")
-    parser.add_argument("--seconds", type=float, default=2.5, help="per round, at least one batch of every worker")
+    parser.add_argument("--rounds", type=int, default=4, help="per arm, alternating")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per round, at least one batch of every worker")
     parser.add_argument("--quick", action="store_true", help="one size, one worker, one round")
     parser.add_argument("--photos", type=Path, help="a folder of photos (default: those of scikit-image, scikit-learn)")
     parser.add_argument("--directory", type=Path, default=Path.home() / ".cache" / "clipyard" / "benchmarks")
@@ -187,8 +187,11 @@ class LoaderProcess:
 def measure_cell(
     cell: Cell, shards: Shards, paths: Mapping[str, Sequence[str]], arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Rounds of both arms in the order A B B A A B ..., each after the batches that were ready have been dropped."""
-    ready = 2 * cell.workers + 2  # OpenCLIP's workers are 2 batches ahead, each; ours 3 together
+    """Rounds of both arms in the order A B B A A B ..., each after what was loaded before it has been dropped.
+
+    Nothing is ready when a round ends, since taking batches is faster than loading: what is dropped is the batch that
+    each worker was filling when it was stopped, and at first what it loads while caches are cold.
+    """
     with ExitStack() as stack:
         arms = {
             name: stack.enter_context(LoaderProcess(name, flags_of(name, cell, shards, arguments), paths=where))
@@ -197,7 +200,8 @@ def measure_cell(
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
         for number in range(arguments.rounds):
             for name in list(arms) if number % 2 == 0 else list(arms)[::-1]:
-                rounds[name].append(arms[name].draw(discard=ready, seconds=arguments.seconds, multiple=cell.workers))
+                discard = cell.workers * (2 if number == 0 else 1)
+                rounds[name].append(arms[name].draw(discard=discard, seconds=arguments.seconds, multiple=cell.workers))
         measured: dict[str, Any] = {
             **cell._asdict(),
             "arms": {name: {**summarize(done), "versions": arms[name].versions} for name, done in rounds.items()},
@@ -231,7 +235,7 @@ def summarize(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "cpu_s_per_1000": round(1000 * sum(done["cpu_s"] for done in rounds) / samples, 3),
         "kb_read_per_sample": round(sum(done["bytes_read"] for done in rounds) / samples / 1000, 1),
         "page_faults_per_sample": round(sum(done["minor_faults"] for done in rounds) / samples, 1),
-        "loader_memory": rounds[-1]["loader_memory"],
+        **{name: rounds[-1][name] for name in ("loader_memory", "all_memory")},
         "stage_us": {stage: round(counts[f"{stage}_us"] / samples, 1) for stage in STAGES if counts[f"{stage}_us"]},
     }
 
@@ -256,7 +260,7 @@ def table(result: Mapping[str, Any]) -> str:
     """Markdown; of pairs ours comes first."""
     header = (
         *("short side, px", "augmentation", "workers", "samples/s: ours", "OpenCLIP", "ratio [of rounds]"),
-        *("by CPU time", "CPU s per 1000", "PSS per worker, MB", "kB read per sample"),
+        *("by CPU time", "CPU s per 1000", "PSS per worker, MB", "PSS with main process, MB", "kB read per sample"),
         "ours, us: " + " / ".join(STAGES),
     )
     rows = [list(header), ["---"] * len(header), *(row(cell) for cell in result["cells"])]
@@ -279,6 +283,7 @@ def row(cell: Mapping[str, Any]) -> list[str]:
         f"{ratio['processor_time']:.2f}" if ratio else "-",
         pair(lambda arm: f"{arm['cpu_s_per_1000']:.2f}"),
         pair(lambda arm: f"{arm['loader_memory']['pss_mb'] / cell['workers']:,.0f}"),
+        pair(lambda arm: f"{arm['all_memory']['pss_mb']:,.0f}"),
         pair(lambda arm: f"{arm['kb_read_per_sample']:.0f}"),
         " / ".join(f"{stages[stage]:.0f}" for stage in STAGES if stage in stages) or "-",
     ]

@@ -81,10 +81,10 @@ ARMS: dict[str, Callable[[Sequence[str]], Iterator[Drawn]]] = {
 
 
 def draw(batches: Iterator[Drawn], *, discard: int, seconds: float, multiple: int) -> dict[str, Any]:
-    """Takes batches for a while; the clock starts with the last of those that were waiting.
+    """Takes batches for a while; the clock starts with the last of those that are dropped.
 
     Args:
-        discard: batches that may have been ready before.
+        discard: batches that do not count, some of whose work was done before.
         multiple: of batches, so that every worker has loaded as many.
     """
     for _ in range(discard):
@@ -100,12 +100,13 @@ def draw(batches: Iterator[Drawn], *, discard: int, seconds: float, multiple: in
         taken += 1
     wall_s = time.perf_counter() - start
     after = usage(processes)
-    loaders = [pid for pid in processes if pid != os.getpid()]
+    workers = [pid for pid in processes if pid != os.getpid()]
     return {
         "samples": samples,
         "wall_s": wall_s,
         **{name: now - then for name, now, then in zip(after._fields, after, before, strict=True)},
-        "loader_memory": memory(loaders)._asdict(),  # of all loader processes together
+        "loader_memory": memory(workers)._asdict(),  # of all processes but this one together
+        "all_memory": memory(processes)._asdict(),
         "counts": counts,
     }
 

@@ -1,9 +1,10 @@
 """Webdataset shards of photos, made from the few that libraries bundle: as many pixels and bytes as web photos have.
 
     photos of scikit-image and scikit-learn -> crop, mirror, resize to the short side -> JPEG 85-95 + caption -> tars
-    DIRECTORY/512px-2048/base/00000.tar ... 00007.tar       DIRECTORY/512px-2048/00000.tar ... 00047.tar: links to them
+    DIRECTORY/512px-2048/base/00000.tar, 00001.tar       DIRECTORY/512px-2048/00000.tar ... 00047.tar: links to them
 
-The links make the data set long enough to fill shuffle buffers of 5,000 samples with files that the page cache holds.
+The links make the data set long enough to fill shuffle buffers of 5,000 samples with files that the page cache holds,
+and as many shards as a run of one rank reads at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from PIL import Image
 
 from benchmarks.batches import LENGTHS_FILE
 
-BASE_SHARDS = 8
+BASE_SHARDS = 2
 LINKED_SHARDS = 48
 _BUNDLED = {
     "skimage": tuple(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from benchmarks.data_loader import main, ratio, table
-from benchmarks.photo_shards import LINKED_SHARDS, find_photos, make_shards
+from benchmarks.photo_shards import BASE_SHARDS, LINKED_SHARDS, find_photos, make_shards
 from tests.factories import jpeg_bytes
 from training.data.tar_reader import read_samples
 
@@ -42,7 +43,7 @@ def test_a_quick_run_of_our_side_measures_every_column(tmp_path: Path, capsys: p
 def test_photos_are_resized_to_the_short_side_and_linked(tmp_path: Path) -> None:
     photos = find_photos(_photos(tmp_path / "photos"))
     shards = make_shards(photos, tmp_path, short_side=48, samples=16)
-    assert shards.samples == LINKED_SHARDS * 2
+    assert shards.samples == LINKED_SHARDS * 16 // BASE_SHARDS
     with (tmp_path / "48px-16" / "00047.tar").open("rb") as stream:
         samples = [raw.members for raw in read_samples(stream)]
     assert {min(Image.open(io.BytesIO(members["jpg"])).size) for members in samples} == {48}
@@ -55,10 +56,12 @@ def test_the_ratio_is_above_one_when_we_are_faster() -> None:
 
 
 def test_a_table_without_the_other_arm_has_no_ratio() -> None:
-    arm = {"samples_per_s": 10.0, "cpu_s_per_1000": 1.0, "kb_read_per_sample": 2.0, "stage_us": {}}
-    arm["loader_memory"] = {"pss_mb": 100, "rss_mb": 100}
+    arm: dict[str, Any] = {"samples_per_s": 10.0, "cpu_s_per_1000": 1.0, "kb_read_per_sample": 2.0, "stage_us": {}}
+    arm |= {name: {"pss_mb": 100, "rss_mb": 100} for name in ("loader_memory", "all_memory")}
     cell = {"short_side": 256, "augmentation": "default", "workers": 2, "arms": {"clipyard": arm}}
-    assert table({"cells": [cell]}).splitlines()[-1] == "| 256 | default | 2 | 10 | - | - | - | 1.00 | 50 | 2 | - |"
+    assert (
+        table({"cells": [cell]}).splitlines()[-1] == "| 256 | default | 2 | 10 | - | - | - | 1.00 | 50 | 100 | 2 | - |"
+    )
 
 
 def test_a_folder_without_photos_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
