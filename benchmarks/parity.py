@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from training.data.batch import DeviceBatch
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from benchmarks.train_step_arms import StepArm
-    from training.data.batch import DeviceBatch
 
 GRADIENT_TOLERANCE = 1e-4
 """Largest |difference| / largest |gradient|, per parameter, fp32."""

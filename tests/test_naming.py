@@ -55,6 +55,8 @@ def test_the_directory_is_laid_out_as_openclips():
         code=Path("/runs/n/code"),
         metrics_jsonl=Path("/runs/n/metrics.jsonl"),
         results_jsonl=Path("/runs/n/checkpoints/results.jsonl"),
+        trace=Path("/runs/n/trace"),
+        starts_jsonl=Path("/runs/n/starts.jsonl"),
     )
 
 

@@ -14,7 +14,11 @@ from training.checkpoint.retention import steps_to_delete
 def _content(value: float) -> StepCheckpoint:
     tensor = torch.full((4, 3), value)
     return StepCheckpoint(
-        model={"w": tensor}, optimizer={"w//exp_avg": tensor}, rng={"0//cpu": torch.get_rng_state()}, train={"v": value}
+        model={"w": tensor},
+        optimizer={"w//exp_avg": tensor},
+        rng={"0//cpu": torch.get_rng_state()},
+        data={"lanes": torch.arange(6, dtype=torch.int32).view(2, 3), "pieces": torch.zeros(0, 5, dtype=torch.int64)},
+        train={"v": value},
     )
 
 
@@ -24,6 +28,8 @@ def test_what_was_saved_is_what_is_read(tmp_path: Path) -> None:
     assert path.name == "step_00000007"
     assert torch.equal(read.model["w"], torch.full((4, 3), 0.5))
     assert torch.equal(read.rng["0//cpu"], torch.get_rng_state())
+    assert read.data["lanes"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert read.data["pieces"].shape == (0, 5)
     assert read.train == {"v": 0.5}
 
 
