@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from training.data.object_chunks import ahead_budget
 from training.data.storage import AccessDenied, ShardChanged, Storage, StorageError, StorageOptions
 
 DATA = Random(3).randbytes(900_000)
@@ -87,19 +88,17 @@ def test_connections_are_kept_for_the_next_range_and_the_next_shard(server: Note
 
 
 def test_many_streams_share_what_may_be_fetched_ahead(server: Notes) -> None:
-    from training.data.object_stream import _ahead
-
     storage = Storage(replace(QUICK, ahead_bytes=450_000))
     with ExitStack() as streams:
         opened = [streams.enter_context(storage.open(f"{server.url}/{number}.tar")) for number in range(6)]
-        assert _ahead.used == 400_000
+        assert ahead_budget.used == 400_000
         assert len(server.requests) <= 6 + 4
         assert [stream.read(1_000_000) for stream in opened] == [DATA] * 6
-        assert _ahead.used == 0
+        assert ahead_budget.used == 0
         with storage.open(f"{server.url}/a.tar") as left_early:
             left_early.skip(150_000)
-            assert _ahead.used > 0
-    assert _ahead.used == 0
+            assert ahead_budget.used > 0
+    assert ahead_budget.used == 0
 
 
 def test_later_ranges_are_bound_to_the_first_etag(server: Notes) -> None:

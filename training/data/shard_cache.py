@@ -13,15 +13,23 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO
 
+from training.data.shard_copy import (
+    BLOCK_BYTES,
+    CopyFacts,
+    ShardCopy,
+    closing_on_error,
+    encode_facts,
+    lock_partial,
+    remove_if_abandoned,
+)
 from training.data.storage_errors import StorageCounters
 
 if TYPE_CHECKING:
@@ -29,9 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 1 << 20
-_MAGIC = b"shard-1\n"
-_TAIL_BYTES = 8 + len(_MAGIC)
 _LONGEST_PADDING = 1 << 20
 """Zeros that a tar may end with: they are read to the end of the shard, or it would never be whole."""
 _FILL = 0.9
@@ -52,7 +57,7 @@ class ShardCache:
         """The shard from byte ``offset`` on: its copy, else ``remote(offset)``, which is copied on its way if whole."""
         path = self._path(url)
         try:
-            copy = _Copy(path, url)
+            copy = ShardCopy(path, url)
         except FileNotFoundError:
             copy = None
         except OSError as error:
@@ -76,10 +81,10 @@ class ShardCache:
         path = self._path(url)
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            writer = _lock_partial(path.with_suffix(".partial"))
+            writer = lock_partial(path.with_suffix(".partial"))
             if writer is None:  # another process is at it
                 return stream
-            with _closing_on_error(writer):
+            with closing_on_error(writer):
                 self._make_room(stream.size)
         except OSError as error:
             self.give_up(error)
@@ -131,7 +136,7 @@ class ShardCache:
                 status = path.stat()
                 if path.suffix == ".shard":
                     shards.append((status.st_mtime, status.st_size, path))
-                elif path.suffix == ".partial" and not _remove_if_abandoned(path):
+                elif path.suffix == ".partial" and not remove_if_abandoned(path):
                     used += status.st_size
         used += sum(size for _, size, _ in shards)
         for _, size, path in sorted(shards):
@@ -143,48 +148,6 @@ class ShardCache:
         return used
 
 
-class _Facts(NamedTuple):
-    """The end of a copy's file."""
-
-    url: str
-    size: int
-    checksums: list[int]
-
-
-class _Copy:
-    """An open file of the cache, its facts read and found to be complete."""
-
-    def __init__(self, path: Path, url: str) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
-        with _closing_on_error(self._file):
-            self.facts = self._read_facts()
-            if self.facts.url != url:
-                raise ValueError(f"it is of {self.facts.url!r}")
-
-    def block(self, index: int) -> bytes:
-        """One MiB. Raises ValueError: it is not as it was written."""
-        start = index * _BLOCK_BYTES
-        data = os.pread(self._file.fileno(), min(_BLOCK_BYTES, self.facts.size - start), start)
-        if zlib.crc32(data) != self.facts.checksums[index]:
-            raise ValueError(f"wrong checksum in the MiB at byte {start}")
-        return data
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _read_facts(self) -> _Facts:
-        end = os.fstat(self._file.fileno()).st_size
-        tail = os.pread(self._file.fileno(), _TAIL_BYTES, max(0, end - _TAIL_BYTES))
-        length = int.from_bytes(tail[:8], "little")
-        if tail[8:] != _MAGIC or length + _TAIL_BYTES > end:
-            raise ValueError("it is incomplete")
-        facts = _Facts(**json.loads(os.pread(self._file.fileno(), length, end - _TAIL_BYTES - length)))
-        blocks = -(-facts.size // _BLOCK_BYTES)
-        if facts.size + length + _TAIL_BYTES != end or len(facts.checksums) != blocks:
-            raise ValueError("its size is wrong")
-        return facts
-
-
 class _CachedStream:
     """Serves a copy, MiB by MiB; goes on remotely at the first that is damaged."""
 
@@ -192,7 +155,7 @@ class _CachedStream:
         self,
         cache: ShardCache,
         url: str,
-        copy: _Copy,
+        copy: ShardCopy,
         offset: int,
         *,
         remote: Callable[[int], ShardStream],
@@ -237,7 +200,7 @@ class _CachedStream:
         """Up to ``size`` bytes of the block at hand; none at the end of the shard or of what is sound."""
         if self.offset >= self._copy.facts.size:
             return b""
-        index, start = divmod(self.offset, _BLOCK_BYTES)
+        index, start = divmod(self.offset, BLOCK_BYTES)
         if index != self._index:
             try:
                 self._block, self._index = self._copy.block(index), index
@@ -279,7 +242,7 @@ class _CopyingStream:
         """Reads what is skipped as well: the copy must have it."""
         target = self.offset + size
         while self._writer is not None and self.offset < min(target, self.size or target):
-            self.read(min(target - self.offset, _BLOCK_BYTES))
+            self.read(min(target - self.offset, BLOCK_BYTES))
         self._stream.skip(target - self.offset)
         self.offset = target
 
@@ -294,11 +257,11 @@ class _CopyingStream:
 
     def _add_checksums(self, start: int, data: memoryview) -> None:
         while len(data):
-            part = data[: _BLOCK_BYTES - start % _BLOCK_BYTES]
+            part = data[: BLOCK_BYTES - start % BLOCK_BYTES]
             self._checksum = zlib.crc32(part, self._checksum)
             start += len(part)
             data = data[len(part) :]
-            if start % _BLOCK_BYTES == 0 or start == self.size:
+            if start % BLOCK_BYTES == 0 or start == self.size:
                 self._checksums.append(self._checksum)
                 self._checksum = 0
 
@@ -309,9 +272,8 @@ class _CopyingStream:
                 self.read(self.size - self.offset)
         if self.offset != self.size or self._writer is None:
             return
-        facts = json.dumps(_Facts(self._url, self.size, self._checksums)._asdict()).encode()
         try:
-            self._writer.write(facts + len(facts).to_bytes(8, "little") + _MAGIC)
+            self._writer.write(encode_facts(CopyFacts(self._url, self.size, self._checksums)))
             self._writer.flush()
             os.rename(self._path.with_suffix(".partial"), self._path)
         except OSError as error:
@@ -333,39 +295,3 @@ class _CopyingStream:
             self._path.with_suffix(".partial").unlink()
         with suppress(OSError):  # closing writes what is buffered: the disk may be full
             writer.close()
-
-
-def _lock_partial(path: Path) -> BinaryIO | None:
-    """An empty file that only this process writes; None if another one is at it."""
-    file: BinaryIO = open(path, "a+b", buffering=_BLOCK_BYTES)  # noqa: SIM115 - the caller closes it
-    with _closing_on_error(file):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever held the lock before may have renamed or removed the file that we have opened.
-            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                file.truncate(0)
-                return file
-        except (BlockingIOError, FileNotFoundError):
-            pass
-    file.close()
-    return None
-
-
-def _remove_if_abandoned(path: Path) -> bool:
-    with open(path, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        path.unlink()
-    return True
-
-
-@contextmanager
-def _closing_on_error(file: Any) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            file.close()
-        raise

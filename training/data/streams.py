@@ -27,6 +27,7 @@ from training.data.storage_errors import (
 _BUFFER_BYTES = 1 << 20
 _SHOWN_STDERR = 400
 _NOT_RUNNABLE = (126, 127)
+_EXIT_POLL_S = 0.002
 _PIPE_ATTEMPTS = 4
 """A command is dear to start, and most that fail once will fail again in a way that they cannot tell us."""
 # What aws, curl, gsutil and cat say. A number alone may be part of a name.
@@ -255,7 +256,7 @@ class _Command:
         return data
 
     def close(self) -> None:
-        # As long as the shell has not been waited for, its process group cannot be anybody else's.
+        # The shell has not been waited for yet, so its process group is nobody else's.
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._stdout.close()
@@ -276,10 +277,7 @@ class _Command:
         Raises:
             ShardMissing, AccessDenied: by what the command said. ValueError: there is no such command. Transient.
         """
-        try:
-            status = self._process.wait(self._timeout_s)
-        except subprocess.TimeoutExpired:
-            raise Transient("it did not end after its output") from None
+        status = self._exit_status()
         if status == 0:
             return
         self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - _SHOWN_STDERR))
@@ -292,6 +290,16 @@ class _Command:
         if _MISSING.search(said):
             raise ShardMissing(f"Command {self._command!r} {failure}. Correct the name.")
         raise Transient(f"it {failure}")
+
+    def _exit_status(self) -> int:
+        """Leaves the shell unreaped: its number, and so its group's, cannot be given to another process before close."""
+        deadline = time.monotonic() + self._timeout_s
+        while time.monotonic() < deadline:
+            ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+            if ended is not None:
+                return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+            time.sleep(_EXIT_POLL_S)
+        raise Transient("it did not end after its output")
 
 
 def _size_of(file: Any) -> int | None:
