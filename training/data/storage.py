@@ -16,10 +16,11 @@ from functools import partial
 from typing import Protocol
 
 from training.data.aws_command import parse_s3_copy
+from training.data.pipes import pipe_stream
 from training.data.shard_cache import ShardCache
 from training.data.shards import PIPE_PREFIX, is_local
 from training.data.storage_errors import AccessDenied, ShardChanged, ShardMissing, StorageCounters, StorageError
-from training.data.streams import file_stream, fsspec_stream, pipe_stream
+from training.data.streams import file_stream, fsspec_stream
 
 __all__ = [
     "AccessDenied",
