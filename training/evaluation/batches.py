@@ -59,6 +59,8 @@ def evaluation_batches(source: SampleSource, loading: Loading) -> Iterator[Evalu
         batch_size=None,
         num_workers=workers,
         pin_memory=loading.pin_memory,
+        # Streams may be remote, and the network client of a process that has read remotely does not survive a fork.
+        multiprocessing_context="forkserver" if workers and source.num_samples is None else None,
         generator=torch.Generator(),  # the global one belongs to training, which must not notice an evaluation
     )
     for batch in loader:
