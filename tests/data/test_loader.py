@@ -263,7 +263,7 @@ def test_lanes_divide_among_the_ranks(slots: int, world: int, lanes: int) -> Non
 
 def test_the_number_of_parts_and_blocks_follows_from_the_data() -> None:
     assert [choose_parts(shards) for shards in (1, 12, 13, 24, 47, 48, 1000)] == [4, 4, 4, 2, 2, 1, 1]
-    assert choose_block(49_152, world_size=1024) == 170
+    assert choose_block(49_152, world_size=1024) == 85
     assert choose_block(2, world_size=1) == 2048
 
 

@@ -157,7 +157,7 @@ class _BarrenSlots:
 
 
 class LaneReader:
-    """One lane's samples in order. Memory: one to one and a half blocks of undecoded samples."""
+    """One lane's samples in order. Memory: one block of undecoded samples, and the next one towards its end."""
 
     def __init__(
         self, source: Source, deal: Deal, lane: int, position: LanePosition, *, executor: Executor | None = None
@@ -184,7 +184,7 @@ class LaneReader:
         raw, block.samples[index] = block.samples[index], None  # its memory is not needed any longer
         assert raw is not None
         block.taken += 1
-        if 2 * block.taken >= len(block.samples):
+        if 4 * block.taken >= 3 * len(block.samples):
             self._read_ahead()
         position = LanePosition(block.turn, block.start, block.taken, self._offset)
         return Taken(raw, SampleId(block.slot, block.start + index), position)

@@ -22,14 +22,8 @@ from training.data.ring import BatchRing, RingLayout
 from training.data.worker_host import HostTask, WorkerFailure, host_command, send_task
 
 _LAST_WORDS_S = 1.0
-# Decoded images of up to 64 MB come from the heap, which keeps its pages: a mapping of its own for each image would
-# cost a page fault per 4 kB. A few arenas: the threads that read ahead would have one each.
-_HOST_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
-    "MALLOC_ARENA_MAX": "2",
-}
+# Few arenas: the threads that read ahead would keep one each.
+_HOST_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
 
 
 class WorkerDied(RuntimeError):
