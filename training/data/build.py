@@ -30,8 +30,8 @@ _FEWEST_LANES_PER_RANK = 12
 _MOST_PARTS = 4
 """Of a shard. Every part of a remote shard may read over what the others need."""
 _BLOCK_SAMPLES_PER_RANK = 4096
-"""Lanes times block. With 48 lanes, neighbours of a shard meet in a batch about half as often as with OpenCLIP's buffer of
-5,000, and a single worker needs no more memory than there."""
+"""Lanes times block. With 48 lanes, neighbours of a shard meet in a batch about as often as with OpenCLIP's buffer of 5,000
+samples, in less memory."""
 _LARGEST_BLOCK = 2048
 
 
