@@ -113,8 +113,10 @@ def test_every_option_gives_the_weights_and_features_of_open_clip(variant: str) 
 def test_full_size_models_have_the_weights_and_features_of_open_clip(name: str) -> None:
     torch.manual_seed(0)
     model = build_model(load_model_config(name)).eval()
-    if name in GOLDEN_SEED_0:
-        assert digest(model) == GOLDEN_SEED_0[name]
+    if name in GOLDEN_SEED_0 and digest(model) != GOLDEN_SEED_0[name]:
+        # Truncated normal numbers differ in their last bits between kinds of processors: then OpenCLIP's do too.
+        torch.manual_seed(0)
+        assert digest(model) == digest(open_clip_model(name))
     with torch.device("meta"):
         reference = open_clip_model(name)
     reference.attn_mask = torch.full((77, 77), float("-inf")).triu(1)  # the one tensor that is not in its state dict
