@@ -26,8 +26,8 @@ from training.data.worker_pool import WorkerDied, WorkerPool
 
 logger = logging.getLogger(__name__)
 
-_RING_SLOTS = 4
-"""One that the trainer copies from, three that the workers fill ahead of it."""
+_RING_SLOTS = 3
+"""One that the trainer copies from, two that the workers fill ahead of it."""
 _RESTARTS = 3
 """Of a rank's workers, without a batch in between."""
 _FIRST_SAMPLES = 1000
