@@ -27,7 +27,7 @@ from training.checkpoint.run_state import RunParts, read_weights, restore
 from training.checkpoint.saver import Saver
 from training.cli import Parsed, config_values, parse_or_exit
 from training.config import Config, ModelConfig
-from training.data.accounting import BadSampleBudget, DataBudgetExceeded, samples_to_judge_by
+from training.data.accounting import FEWEST_SLOTS, BadSampleBudget, DataBudgetExceeded
 from training.data.batch import to_device
 from training.data.build import build_train_loader, has_train_data
 from training.data.meter import DataMeter
@@ -213,8 +213,7 @@ def _build_training(
             loader,
             rank=runtime.rank,
             budget=BadSampleBudget(
-                config.data.max_bad_samples,
-                samples_to_judge_by(num_samples=loader.num_samples, slots_per_epoch=loader.source.slots_per_epoch),
+                config.data.max_bad_samples, slots=min(FEWEST_SLOTS, loader.source.slots_per_epoch)
             ),
             sum_over_ranks=all_reduce_sum,
             gather=gather_objects,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -16,10 +18,21 @@ from training.data.accounting import (
     bad_fraction,
     data_metrics,
     from_vector,
-    samples_to_judge_by,
     to_vector,
 )
 from training.data.meter import DataMeter
+from training.data.position import add_counters
+from training.data.tar_reader import TarError
+
+
+class BreakingSource(NumberSource):
+    """Every slot breaks off in its middle."""
+
+    def read_slot(self, slot: int, *, start: int, offset: int):
+        for index, raw in enumerate(super().read_slot(slot, start=start, offset=offset), start=start):
+            if index == 20:
+                raise TarError("truncated at byte 9", 9)
+            yield raw
 
 
 def test_counters_survive_the_way_through_a_vector():
@@ -54,11 +67,38 @@ def test_a_budget_that_is_not_spent_asks_nobody(limit):
 
 
 def test_one_bad_shard_at_the_beginning_spends_no_budget():
-    fewest = samples_to_judge_by(num_samples=1_000_000, slots_per_epoch=100)
-    counts = {"read": 10_000, "skipped/broken_image": 10_000}
-    BadSampleBudget(0.1, fewest).check(counts, worst_shards=lambda: pytest.fail("asked"))
+    one = {"read": 10_000, "skipped/broken_image": 10_000, "slots_ended": 1, "slot_samples": 10_000}
+    BadSampleBudget(0.1).check(one, worst_shards=lambda: pytest.fail("asked"))
+    three = {name: 3 * count for name, count in one.items()}
     with pytest.raises(DataBudgetExceeded, match="30000 of 30000"):
-        BadSampleBudget(0.1, fewest).check({"read": 30_000, "skipped/broken_image": 30_000}, worst_shards=Counter)
+        BadSampleBudget(0.1).check(three, worst_shards=Counter)
+
+
+def test_what_a_lost_shard_held_is_judged_by_the_shards_that_were_read_not_by_the_epoch():
+    source = BreakingSource([40] * 12)
+    for num_samples in (48, 480, 4800):
+        (loader,) = Job(source, 6, 5).loaders(1, 8)
+        loader.num_samples = num_samples
+        for batch in islice(loader, 60):
+            loader.commit(batch.record)
+        assert 0.3 < bad_fraction(loader.totals) < 0.7  # the truth is one half
+
+
+def test_rates_after_a_resume_are_those_since_the_resume():
+    job = Job(NumberSource([30] * 6), 6, 5)
+    job.run(1, 8, 3)
+    (loader,) = job.loaders(1, 8)
+    loader.totals["bytes_read"] = 10**15
+    meter = DataMeter(loader, rank=0, budget=BadSampleBudget(1.0), sum_over_ranks=lambda x: x, gather=lambda x: [x])
+    metrics = meter.measure(wait_s=0.0, elapsed_s=1.0, device=torch.device("cpu"))
+    assert metrics["data/mb_per_second"] == 0.0
+
+
+def test_the_counters_of_many_ranks_are_added_in_no_time():
+    counters = [Counter({f"{rank}-{shard}": 1 for shard in range(20)}) for rank in range(1024)]
+    start = time.perf_counter()
+    assert add_counters(counters).total() == 20_480
+    assert time.perf_counter() - start < 1
 
 
 def test_metrics_are_rates_since_the_last_look_and_totals_since_the_beginning():

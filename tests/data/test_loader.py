@@ -21,6 +21,7 @@ from training.data.build import (
     epoch_length,
     resolve_dataset_type,
 )
+from training.data.csv_reader import CsvTable, StringTable
 from training.data.loader import TrainLoader
 from training.data.storage import StorageError
 
@@ -283,3 +284,41 @@ def test_the_type_of_data_follows_from_its_name(path: str, kind: str) -> None:
 def test_an_unknown_type_of_data_asks_for_the_flag() -> None:
     with pytest.raises(ValueError, match=r"type of 'a\.parquet'.*--dataset-type"):
         resolve_dataset_type(DataConfig(), "a.parquet", flag="--train-data")
+
+
+def test_one_bad_shard_at_the_beginning_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:
+    write_shards(tmp_path, shards=48, samples=2)
+    config = DataConfig(train_data=f"{tmp_path}/{{000..047}}.tar", batch_size=2, workers=0, train_num_samples=96)
+    loader = _loader(config)
+    bad = [(f"{i}", {"jpg": b"broken", "txt": b"x"}) for i in range(200)]
+    write_tar(Path(loader.source.shard_name(loader.deal.piece(0, 0).slot)), bad)
+    loader.check_first_sample()
+
+
+def test_a_shard_that_holds_no_sample_is_counted_and_named(tmp_path: Path) -> None:
+    write_shards(tmp_path, shards=48, samples=2)
+    write_tar(tmp_path / "007.tar", [])
+    config = DataConfig(train_data=f"{tmp_path}/{{000..047}}.tar", batch_size=2, workers=0, train_num_samples=96)
+    loader = _loader(config)
+    for batch in islice(loader, 60):
+        loader.commit(batch.record)
+    assert loader.totals["lost/shard_empty"] >= 1
+    assert loader.totals["lost_samples"] == 0
+    assert f"{tmp_path}/007.tar" in loader.bad_shards
+
+
+@pytest.mark.parametrize("path", ["", ".", "x" * 5000, "/etc/passwd/x.jpg", "a\0b"])
+def test_a_row_whose_path_cannot_be_read_is_a_sample_without_an_image(tmp_path: Path, path: str) -> None:
+    table = write_csv(tmp_path, rows=2)
+    rows = CsvTable(str(table), separator="\t", image_column="filepath", caption_column="title", flag="--train-data")
+    rows.images = StringTable(["0.jpg", path])
+    assert set(rows.read_row(1).members) == {"txt"}
+
+
+def test_another_table_of_the_same_name_and_length_is_another_stream(tmp_path: Path) -> None:
+    path = write_csv(tmp_path, rows=24)
+    config = DataConfig(train_data=str(path), batch_size=6, workers=0)
+    before = _loader(config).identity
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
+    assert _loader(config).identity != before

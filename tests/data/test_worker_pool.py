@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,10 +15,20 @@ import pytest
 
 from tests.data.stream_simulation import Job, NumberDecoder, NumberSource, ids
 from training.data.decode import Sample
+from training.data.storage import Storage
 from training.data.tar_reader import RawSample
 from training.data.worker_pool import WorkerDied
 
 SIZES = [9, 14, 3, 11, 8, 6, 12]
+
+
+class SleepingPipes(NumberSource):
+    """Reads from commands that say nothing."""
+
+    def read_slot(self, slot: int, *, start: int, offset: int):
+        with Storage().open("pipe:sleep 50") as stream:
+            stream.read(1)
+        return super().read_slot(slot, start=start, offset=offset)
 
 
 class KillingDecoder(NumberDecoder):
@@ -35,6 +46,21 @@ class KillingDecoder(NumberDecoder):
         return super().decode(raw, seed=seed)
 
 
+class GreedyDecoder(NumberDecoder):
+    """Allows its process hardly any memory and asks for a lot, once."""
+
+    def __init__(self, marker: Path) -> None:
+        super().__init__()
+        self.marker = marker
+
+    def decode(self, raw: RawSample, *, seed: int) -> Sample:
+        if raw.key.endswith("/5") and not self.marker.exists():
+            self.marker.touch()
+            resource.setrlimit(resource.RLIMIT_AS, (1 << 33, 1 << 33))
+            bytearray(1 << 34)
+        return super().decode(raw, seed=seed)
+
+
 class FailingDecoder(NumberDecoder):
     def decode(self, raw: RawSample, *, seed: int) -> Sample:
         raise ZeroDivisionError(f"sample {raw.key}")
@@ -42,7 +68,8 @@ class FailingDecoder(NumberDecoder):
 
 def children(pid: int) -> list[int]:
     """Processes below ``pid``, at any depth."""
-    direct = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    direct = [int(child) for thread in threads for child in thread.read_text().split()]
     return direct + [below for child in direct for below in children(child)]
 
 
@@ -67,14 +94,42 @@ def test_a_killed_worker_is_replaced_and_no_sample_is_lost_or_repeated(tmp_path,
     whole = Job(NumberSource(SIZES), 7, 5).run(1, 6, 6)
     assert [ids(batch.record) for batch in batches] == whole
     assert sum(batch.record.counts["worker_restarts"] for batch in batches) == 1
-    assert "killed by SIGKILL" in caplog.text
+    assert "signal 9" in caplog.text
 
 
 def test_workers_that_die_again_and_again_end_the_run_with_the_signal_named(tmp_path):
     decoder = KillingDecoder(tmp_path / "killed", always=True)
     (loader,) = Job(NumberSource(SIZES), 7, 5, decoder, workers=1).loaders(1, 6)
-    with pytest.raises(WorkerDied, match=r"worker 0 \(process \d+\): killed by SIGKILL"):
+    with pytest.raises(WorkerDied, match=r"worker 0 \(process \d+\): killed by signal 9"):
         list(islice(loader, 30))
+
+
+def test_a_worker_that_finds_no_memory_is_replaced(tmp_path, caplog):
+    decoder = GreedyDecoder(tmp_path / "greedy")
+    (loader,) = Job(NumberSource(SIZES), 7, 5, decoder, workers=2).loaders(1, 6)
+    assert [ids(batch.record) for batch in islice(loader, 6)] == Job(NumberSource(SIZES), 7, 5).run(1, 6, 6)
+    assert "out of memory" in caplog.text
+
+
+def test_workers_end_although_a_child_of_the_trainer_has_copies_of_their_pipes(tmp_path):
+    """An evaluation forks its own processes while the training loader lives."""
+    others = set(children(os.getpid()))
+    (loader,) = Job(NumberSource(SIZES), 7, 5, workers=2).loaders(1, 6)
+    batches = iter(loader)
+    next(batches)
+    pids = [pid for pid in children(os.getpid()) if pid not in others]
+    child = os.fork()
+    if child == 0:
+        time.sleep(30)
+        os._exit(0)
+    try:
+        start = time.monotonic()
+        batches.close()  # type: ignore[attr-defined]
+        assert time.monotonic() - start < 3
+        assert wait_until_gone(pids) == []
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_an_error_in_a_worker_reaches_the_trainer_as_it_is():
@@ -91,7 +146,9 @@ def test_workers_ignore_the_signals_that_are_meant_for_their_trainer():
     for pid in set(children(os.getpid())) - others:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             os.kill(pid, number)
-    assert len(list(islice(batches, 10))) == 10
+    rest = list(islice(batches, 10))
+    assert len(rest) == 10
+    assert sum(batch.record.counts["worker_restarts"] for batch in rest) == 0
 
 
 def test_workers_end_with_the_iterator():
@@ -120,6 +177,30 @@ time.sleep(60)
     assert trainer.stdout.readline() == "ready\n"
     pids = children(trainer.pid)
     assert len(pids) == 3
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    assert wait_until_gone(pids) == []
+
+
+def test_commands_end_with_the_workers_that_run_them(tmp_path):
+    code = """
+import time
+from tests.data.test_worker_pool import SleepingPipes
+from tests.data.stream_simulation import Job
+(loader,) = Job(SleepingPipes([4] * 6), 6, 2, workers=2).loaders(1, 6)
+batches = iter(loader)
+import threading
+threading.Thread(target=lambda: next(batches), daemon=True).start()
+time.sleep(4)
+print("ready", flush=True)
+time.sleep(60)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None
+    assert trainer.stdout.readline() == "ready\n"
+    pids = children(trainer.pid)
+    assert sum("sleep" in Path(f"/proc/{pid}/cmdline").read_text() for pid in pids) > 0
     trainer.kill()
     trainer.wait()
     trainer.stdout.close()

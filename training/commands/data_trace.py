@@ -27,6 +27,7 @@ from training.data.build import build_train_loader
 from training.data.lane_reader import Source
 from training.data.loader import TrainLoader
 from training.data.position import StreamPosition, read_position
+from training.data.storage import StorageError
 from training.data.trace import TRACE_DIRECTORY, read_trace
 from training.naming import STARTS_FILE
 
@@ -60,30 +61,36 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rank", type=int, help="only the samples of this rank")
     arguments = parser.parse_args(argv)
     try:
-        samples = trace_step(arguments.run, arguments.step)
-    except (ValueError, OSError) as error:
+        samples = trace_step(arguments.run, arguments.step, rank=arguments.rank)
+    except (ValueError, OSError, StorageError) as error:
         sys.stderr.write(f"clipyard data trace: {error}\n")
         return 2
     for sample in samples:
-        if arguments.rank in (None, sample.rank):
-            sys.stdout.write(f"{sample.rank}\t{sample.shard}\t{sample.key}\n")
+        sys.stdout.write(f"{sample.rank}\t{sample.shard}\t{sample.key}\n")
     return 0
 
 
-def trace_step(run: Path, step: int) -> list[TracedSample]:
-    """The samples of a step, in rank order and in the order of each rank's rows.
+def trace_step(run: Path, step: int, *, rank: int | None = None) -> list[TracedSample]:
+    """The samples of a step, in rank order and in the order of each rank's rows; of one rank or of all.
 
     Raises:
         ValueError: the run has not come to this step, or what is left of it does not tell.
     """
     start = _start_before(run, step)
     config = load_config(run / "config.yaml")
+    ranks = range(start.world_size) if rank is None else range(rank, rank + 1)
+    if ranks[-1] >= start.world_size:
+        raise ValueError(f"--rank {rank}: step {step} was taken by {start.world_size} ranks, counted from 0.")
     loader = _loader(config, start, rank=0)
     records = read_trace(run / TRACE_DIRECTORY, step=step)
     if records:
-        places = [(rank, int(record["slot"]), int(record["raw_index"])) for rank in records for record in records[rank]]
+        places = [
+            (owner, int(record["slot"]), int(record["raw_index"]))
+            for owner in ranks
+            for record in records.get(owner, ())
+        ]
     else:
-        places = _replay(run, config, start, step)
+        places = _replay(run, config, start, step, ranks=ranks)
     return _with_keys(places, loader.source)
 
 
@@ -125,10 +132,10 @@ def _no_tokens(texts: Sequence[str]) -> Tensor:
     return torch.zeros(len(texts), 1, dtype=torch.int64)
 
 
-def _replay(run: Path, config: Config, start: Start, step: int) -> list[tuple[int, int, int]]:
+def _replay(run: Path, config: Config, start: Start, step: int, *, ranks: range) -> list[tuple[int, int, int]]:
     first, position = _position_before(run, start, step)
     places = []
-    for rank in range(start.world_size):
+    for rank in ranks:
         loader = _loader(config, start, rank=rank)
         if position is not None:
             loader.load_position(position)
@@ -162,6 +169,8 @@ def _with_keys(places: Sequence[tuple[int, int, int]], source: Source) -> list[T
         slot: [raw.key for raw in islice(source.read_slot(slot, start=0, offset=0), raw_index + 1)]
         for slot, raw_index in last.items()
     }
+    if any(len(keys[slot]) <= raw_index for slot, raw_index in last.items()):
+        raise ValueError("A shard holds fewer samples now than when it was trained on: its keys cannot be told.")
     return [
         TracedSample(rank, slot, raw_index, source.shard_name(slot), keys[slot][raw_index])
         for rank, slot, raw_index in places

@@ -21,10 +21,12 @@ UNUSABLE_REASONS = (
     "image_too_large",
     "broken_image",
 )
-LOST_REASONS = ("shard_damaged", "shard_missing", "shard_changed", "shard_unreadable")
+LOST_REASONS = ("shard_damaged", "shard_missing", "shard_changed", "shard_unreadable", "shard_empty")
 COUNTERS = (
     "read",
     "lost_samples",
+    "slots_ended",
+    "slot_samples",
     "bytes_read",
     "requests",
     "retries",
@@ -38,7 +40,7 @@ COUNTERS = (
     *(f"skipped/{reason}" for reason in (*UNUSABLE_REASONS, "other")),
 )
 _FEWEST_SAMPLES = 1000
-_FEWEST_SLOTS = 20
+FEWEST_SLOTS = 20
 _SHOWN_SHARDS = 5
 
 
@@ -89,11 +91,11 @@ class BadSampleBudget:
 
     Args:
         limit: fraction of the samples that may be unusable.
-        fewest: the fraction is taken of at least so many, or the first bad shard would spend the budget alone.
+        slots: the fraction is taken of the samples of at least so many, or the first bad shard would spend it alone.
     """
 
     limit: float
-    fewest: int = _FEWEST_SAMPLES
+    slots: int = FEWEST_SLOTS
 
     def check(self, counts: Mapping[str, int], *, worst_shards: Callable[[], Counter[str]]) -> None:
         """
@@ -106,7 +108,8 @@ class BadSampleBudget:
         """
         bad = skipped(counts) + counts.get("lost_samples", 0)
         seen = counts.get("read", 0) + counts.get("lost_samples", 0)
-        if bad <= self.limit * max(seen, self.fewest):
+        fewest = max(_FEWEST_SAMPLES, round(self.slots * mean_slot_samples(counts)))
+        if bad <= self.limit * max(seen, fewest):
             return
         reasons = {
             name.partition("/")[2]: count for name, count in counts.items() if name.startswith(("skipped/", "lost/"))
@@ -119,9 +122,9 @@ class BadSampleBudget:
         )
 
 
-def samples_to_judge_by(*, num_samples: int, slots_per_epoch: int) -> int:
-    """How many samples the budget's fraction is taken of at least: those of 20 slots, or of an epoch of fewer."""
-    return max(_FEWEST_SAMPLES, min(num_samples, _FEWEST_SLOTS * num_samples // slots_per_epoch))
+def mean_slot_samples(counts: Mapping[str, int]) -> float:
+    """Samples of a slot on average, of those that have ended; 0 before one has."""
+    return counts.get("slot_samples", 0) / max(1, counts.get("slots_ended", 0))
 
 
 def data_metrics(counts: Mapping[str, int], *, before: Mapping[str, int], elapsed_s: float) -> dict[str, float]:

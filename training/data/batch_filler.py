@@ -18,7 +18,7 @@ from torch import Tensor
 
 from training.data.batch import BatchBuffers
 from training.data.decode import Sample, UnusableSample
-from training.data.lane_reader import Fault, LaneReader, Source
+from training.data.lane_reader import LaneReader, ReadNotes, Source
 from training.data.lanes import Deal, LanePosition, mix
 from training.data.tar_reader import RawSample
 
@@ -66,7 +66,7 @@ class Chunk(NamedTuple):
     """``read``, ``bytes``, ``retries``..., ``skipped/REASON``, ``source/N``, and microseconds ``decode_us`` ..."""
     bad_shards: Counter[str]
     """Unusable samples by shard."""
-    faults: list[Fault]
+    notes: ReadNotes
 
 
 @dataclass
@@ -118,7 +118,7 @@ class BatchFiller:
             ValueError: none of very many samples in a row can be used.
         """
         stream = self._stream
-        chunk = Chunk({}, Counter(), Counter(), [])
+        chunk = Chunk({}, Counter(), Counter(), ReadNotes())
         rows = _Rows()
         for row in range(stream.batch_size):
             index = (self._cursor + row) % len(stream.lanes)
@@ -132,6 +132,8 @@ class BatchFiller:
             buffers.samples[numbers] = torch.tensor(rows.samples)
             rows.tokenize_ns = time.perf_counter_ns() - start
         rows.add_to(chunk.counts)
+        chunk.counts["slots_ended"] += len(chunk.notes.ended)
+        chunk.counts["slot_samples"] += sum(chunk.notes.ended)
         self._count_storage(chunk.counts)
         return chunk
 
@@ -142,7 +144,7 @@ class BatchFiller:
         done = time.perf_counter_ns()
         # One shard may be all bad; several in a row mean that something else is wrong.
         while unusable < _MAX_UNUSABLE_IN_A_ROW or len(slots) < _MAX_UNUSABLE_SLOTS:
-            taken = reader.take(chunk.faults)
+            taken = reader.take(chunk.notes)
             start = time.perf_counter_ns()
             rows.read_ns += start - done
             rows.read += 1

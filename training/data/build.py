@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 
@@ -30,8 +29,8 @@ _FEWEST_LANES_PER_RANK = 12
 _MOST_PARTS = 4
 """Of a shard. Every part of a remote shard may read over what the others need."""
 _BLOCK_SAMPLES_PER_RANK = 4096
-"""Lanes times block. With 48 lanes, neighbours of a shard meet in a batch about as often as with OpenCLIP's buffer of 5,000
-samples, in less memory."""
+"""Lanes times block. With 48 lanes, neighbours of a shard meet in a batch about as often as with OpenCLIP's buffer of
+5,000 samples, in less memory."""
 _LARGEST_BLOCK = 2048
 
 
@@ -88,7 +87,7 @@ def build_train_loader(
     world_size: int,
     accum_freq: int,
     seed: int,
-    pin: Callable[[Tensor], None] | None = None,
+    pin: Callable[[Tensor], Callable[[], None]] | None = None,
 ) -> TrainLoader:
     """The loader of ``--train-data``; everything that is wrong with the data's description is reported here.
 
@@ -177,8 +176,7 @@ def _build_source(config: DataConfig, *, preprocess: PreprocessConfig, seed: int
     assert config.train_data is not None
     if kind != "webdataset":
         table = read_table(config, config.train_data, kind, flag="--train-data")
-        digest = hashlib.sha256(f"{config.train_data} {len(table)}".encode()).hexdigest()
-        return CsvSource(table, seed=seed), len(table), digest
+        return CsvSource(table, seed=seed), len(table), table.digest
     shards = expand_shards(config.train_data, upsampling_factors=config.train_data_upsampling_factors)
     num_samples = require_num_samples(config.train_num_samples, shards, flag="--train-num-samples")
     parts = 1 if config.dataset_resampled else choose_parts(len(shards.urls))

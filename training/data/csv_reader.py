@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 
@@ -11,6 +13,9 @@ import numpy as np
 from training.data.lanes import epoch_order
 from training.data.sources import slot_rows
 from training.data.tar_reader import RawSample
+
+_NOT_THE_ROWS_FAULT = (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM)
+_LONGEST_FIELD = 1 << 24
 
 
 class StringTable:
@@ -24,6 +29,11 @@ class StringTable:
     def __len__(self) -> int:
         return len(self._ends)
 
+    @property
+    def digest(self) -> str:
+        """sha256 of the strings and where they end."""
+        return hashlib.sha256(self._bytes.tobytes() + self._ends.tobytes()).hexdigest()
+
     def __getitem__(self, index: int) -> str:
         start = int(self._ends[index - 1]) if index else 0
         return self._bytes[start : int(self._ends[index])].tobytes().decode()
@@ -35,6 +45,7 @@ class CsvTable:
     def __init__(self, path: str, *, separator: str, image_column: str, caption_column: str, flag: str) -> None:
         if not os.path.isfile(path):
             raise ValueError(f"CSV file {path!r} does not exist: correct {flag}.")
+        csv.field_size_limit(_LONGEST_FIELD)  # 128 KiB otherwise; the decoder counts captions that are too long
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, delimiter=separator)
             columns = list(reader.fieldnames or [])
@@ -55,6 +66,11 @@ class CsvTable:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def digest(self) -> str:
+        """sha256 of all rows in order: two runs with the same digest read the same stream."""
+        return hashlib.sha256((self.images.digest + self.captions.digest).encode()).hexdigest()
+
     def read_row(self, row: int) -> RawSample:
         """The row's file and caption; a missing file gives a sample without an image, which the decoder counts."""
         path = self.images[row]
@@ -64,8 +80,9 @@ class CsvTable:
         try:
             with open(path, "rb") as file:
                 members["jpg"] = file.read()
-        except FileNotFoundError:
-            pass
+        except (OSError, ValueError) as error:  # a name that cannot be one is a ValueError
+            if isinstance(error, OSError) and error.errno in _NOT_THE_ROWS_FAULT:
+                raise
         return RawSample(self.images[row], members)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from training.data.lanes import Deal, LanePosition, SampleId, block_order
@@ -39,6 +39,9 @@ class Source(Protocol):
         """Which of the ``::``-joined sources the slot reads."""
 
 
+SHARD_EMPTY = "shard_empty"
+
+
 class Fault(NamedTuple):
     """The rest of a slot, or all of it, that could not be read and was left out."""
 
@@ -51,15 +54,29 @@ class Fault(NamedTuple):
 
 
 @dataclass
+class ReadNotes:
+    """What was noticed between two blocks."""
+
+    faults: list[Fault] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
+    """Samples of the slots that were read to their end."""
+
+    def add(self, other: ReadNotes) -> None:
+        """Appends another one's."""
+        self.faults += other.faults
+        self.ended += other.ended
+
+
+@dataclass
 class Block:
-    """Consecutive raw samples of one slot, and what went wrong since the block before."""
+    """Consecutive raw samples of one slot, and what was noticed since the block before."""
 
     turn: int
     slot: int
     start: int
     taken: int
     samples: list[RawSample | None]
-    faults: list[Fault]
+    notes: ReadNotes
 
 
 class Taken(NamedTuple):
@@ -81,10 +98,11 @@ def read_blocks(source: Source, deal: Deal, lane: int, position: LanePosition) -
         AccessDenied: at once; waiting does not mend it. StorageError: nothing but unreadable or empty shards.
     """
     barren = _BarrenSlots()
-    faults: list[Fault] = []
+    notes = ReadNotes()
     turn, start, taken, offset = position
     while True:
         slot = deal.piece(lane, turn).slot
+        first = start
         samples = source.read_slot(slot, start=start, offset=offset)
         found = False
         while True:
@@ -92,15 +110,20 @@ def read_blocks(source: Source, deal: Deal, lane: int, position: LanePosition) -
             block, error = _take(samples, length)
             if error is not None:
                 before = start + len(block)
-                faults.append(_fault(error, slot=slot, shard=source.shard_name(slot), samples_before=before))
+                notes.faults.append(_fault(error, slot=slot, shard=source.shard_name(slot), samples_before=before))
             if block:
                 found = True
-                yield Block(turn, slot, start, taken, block, faults)
-                faults = []
+                yield Block(turn, slot, start, taken, block, notes)
+                notes = ReadNotes()
             if error is not None or len(block) < length:
                 break
             start, taken = start + length, 0
-        barren.add(found=found, shard=source.shard_name(slot), faults=faults)
+        if error is None and start + len(block):
+            notes.ended.append(start + len(block))
+        elif error is None and first == 0 and getattr(source, "parts", 1) == 1:
+            name = source.shard_name(slot)
+            notes.faults.append(Fault(slot, name, SHARD_EMPTY, "it holds no sample: no members with an extension.", 0))
+        barren.add(found=found, shard=source.shard_name(slot), faults=notes.faults)
         turn, start, taken, offset = deal.start(lane, turn + 1)
 
 
@@ -165,18 +188,18 @@ class LaneReader:
         self._seed = deal.seed
         self._executor = executor
         self._blocks = read_blocks(source, deal, lane, position)
-        self._block = Block(position.turn, 0, 0, 0, [], [])
+        self._block = Block(position.turn, 0, 0, 0, [], ReadNotes())
         self._order: list[int] = []
         self._offset = 0
         self._ahead: Future[Block] | None = None
         self._read_ahead()
 
-    def take(self, faults: list[Fault]) -> Taken:
-        """The next sample; what went wrong before it is appended to ``faults``."""
+    def take(self, notes: ReadNotes) -> Taken:
+        """The next sample; what was noticed before it is added to ``notes``."""
         block = self._block
         while block.taken >= len(block.samples):
             block = self._block = self._next_block()
-            faults += block.faults
+            notes.add(block.notes)
             first = block.samples[0]
             self._offset = first.offset if first is not None else 0
             self._order = block_order(len(block.samples), seed=self._seed, slot=block.slot, block_start=block.start)

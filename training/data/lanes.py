@@ -76,7 +76,7 @@ def permutation(n: int, *key: int) -> npt.NDArray[np.int64]:
     return np.argsort(z ^ (z >> np.uint64(31)), kind="stable")
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)  # lanes are in one epoch or the next
 def epoch_order(n: int, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """The order of n shards (or rows) in one epoch."""
     return permutation(n, seed, epoch)

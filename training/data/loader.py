@@ -10,15 +10,17 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from training.data.accounting import mean_slot_samples
 from training.data.batch import Batch, BatchBuffers, BatchRecord
 from training.data.batch_filler import BatchFiller, Chunk, Decoder, RankStream, TokenizeFunction
 from training.data.decode import UnusableSample
-from training.data.lane_reader import LaneReader, Source
+from training.data.lane_reader import SHARD_EMPTY, LaneReader, ReadNotes, Source
 from training.data.lanes import Deal, LanePosition, first_turn, mix, owned_lanes
 from training.data.position import RankPosition, StreamIdentity, StreamPosition, merge_ranks
 from training.data.ring import BatchRing, RingLayout
@@ -30,8 +32,8 @@ _RING_SLOTS = 3
 """One that the trainer copies from, two that the workers fill ahead of it."""
 _RESTARTS = 3
 """Of a rank's workers, without a batch in between."""
-_FIRST_SAMPLES = 1000
-_WORST_SHARDS = 100
+_FIRST_SLOTS, _FIRST_SAMPLES = 8, 125
+_WORST_SHARDS = 20
 
 
 class TrainLoader:
@@ -54,14 +56,14 @@ class TrainLoader:
         num_samples: int,
         requested_lanes: int = 0,
         requested_block: int = 0,
-        pin: Callable[[Tensor], None] | None = None,
+        pin: Callable[[Tensor], Callable[[], None]] | None = None,
     ) -> None:
         """
         Args:
             image_size: (height, width) of what the decoder returns.
             num_workers: processes; 0 loads in this one.
             requested_lanes: what the user asked for; 0 keeps a resumed run's. Likewise ``requested_block``.
-            pin: makes memory page-locked for copies to the device.
+            pin: makes memory page-locked for copies to the device; returns what undoes that.
         """
         self.num_batches = num_batches
         """Batches per epoch and rank."""
@@ -108,15 +110,8 @@ class TrainLoader:
         """Dead workers are replaced by new ones that go on after the last batch that came through."""
         positions, cursor = list(self._positions), self._cursor
         deaths = 0
-        layout = RingLayout(_RING_SLOTS, self.batch_size, self._image_size, self._context_length())
-        ring = BatchRing(layout)
-        if self._pin is not None:
-            self._pin(ring.whole())
-        try:
-            while True:
-                pool = WorkerPool(
-                    self._stream(positions, cursor), layout=layout, num_workers=self.num_workers, ring=ring
-                )
+        while True:
+            with self._workers(positions, cursor) as pool:
                 try:
                     while True:
                         buffers, chunks = pool.next_batch()
@@ -134,9 +129,20 @@ class TrainLoader:
                     if deaths > _RESTARTS:
                         raise
                     logger.warning("%s Starting the workers again (%d of %d).", death, deaths, _RESTARTS)
-                finally:
-                    pool.close()
+
+    @contextmanager
+    def _workers(self, positions: Sequence[LanePosition], cursor: int) -> Iterator[WorkerPool]:
+        """Workers that begin at a position, with a ring of their own: no predecessor may write into it."""
+        layout = RingLayout(_RING_SLOTS, self.batch_size, self._image_size, self._context_length())
+        ring = BatchRing(layout)
+        unpin = self._pin(ring.whole()) if self._pin is not None else None
+        pool = WorkerPool(self._stream(positions, cursor), layout=layout, num_workers=self.num_workers, ring=ring)
+        try:
+            yield pool
         finally:
+            pool.close()
+            if unpin is not None:
+                unpin()
             ring.close()
 
     def _stream(self, positions: Sequence[LanePosition], cursor: int) -> RankStream:
@@ -155,23 +161,26 @@ class TrainLoader:
         return self._tokenizer([""]).shape[1]
 
     def check_first_sample(self) -> None:
-        """Decodes one sample of this rank in this process: wrong keys or a dead source show before anything is built.
+        """Decodes one sample of this rank in this process: wrong keys or a dead source show before the first step.
+
+        One bad shard is no reason to stop: the first samples of several are tried.
 
         Raises:
-            ValueError: none of the first samples can be used. RuntimeError: the storage gives nothing.
+            ValueError: none of them can be used. RuntimeError: the storage gives nothing.
         """
         lane = self.lanes[0]
-        reader = LaneReader(self.source, replace(self.deal, block=1), lane, self.deal.start(lane, 0))
         reasons: Counter[str] = Counter()
-        for _ in range(_FIRST_SAMPLES):
-            raw, sample_id, _ = reader.take([])
-            try:
-                self._decoder.decode(raw, seed=mix(self.identity.seed, *sample_id))
-                return
-            except UnusableSample as fault:
-                reasons[fault.reason] += 1
+        for turn in range(_FIRST_SLOTS):
+            reader = LaneReader(self.source, replace(self.deal, block=1), lane, self.deal.start(lane, turn))
+            for _ in range(_FIRST_SAMPLES):
+                raw, sample_id, _ = reader.take(ReadNotes())
+                try:
+                    self._decoder.decode(raw, seed=mix(self.identity.seed, *sample_id))
+                    return
+                except UnusableSample as fault:
+                    reasons[fault.reason] += 1
         raise ValueError(
-            f"{_FIRST_SAMPLES} samples in a row cannot be used (last: {raw.key!r} with members {sorted(raw.members)}; "
+            f"{reasons.total()} samples in a row cannot be used (last: {raw.key!r} with members {sorted(raw.members)}; "
             f"reasons: {dict(reasons)}): check --train-data, --image-key and --text-key."
         )
 
@@ -184,12 +193,17 @@ class TrainLoader:
         self.totals.update(batch.counts)
         self.bad_shards.update(batch.bad_shards)
         for fault in batch.faults:
-            # As many as a slot holds on average: what the shard held is not known.
-            lost = max(1, self.num_samples // self.source.slots_per_epoch - fault.samples_before)
+            lost = 0 if fault.reason == SHARD_EMPTY else self._probably_lost(fault.samples_before)
             self.totals[f"lost/{fault.reason}"] += 1
             self.totals["lost_samples"] += lost
             self.bad_shards[fault.shard] += lost
             logger.warning("About %d samples of %s are left out: %s", lost, fault.shard, fault.detail)
+
+    def _probably_lost(self, samples_before: int) -> int:
+        """What a slot held is not known: as many as others, or as many again as could be read of it."""
+        by_epoch = self.num_samples // self.source.slots_per_epoch
+        mean = mean_slot_samples(self.totals) or 2 * samples_before or by_epoch
+        return max(1, round(mean) - samples_before)
 
     def position(self) -> RankPosition:
         """Where this rank's lanes stand."""
@@ -218,7 +232,8 @@ class TrainLoader:
         if not self._requested_lanes and lanes < self.world_size:
             lanes = self.deal.num_lanes
             logger.warning("%d data lanes for %d ranks: dealing to %d.", saved.deal.num_lanes, self.world_size, lanes)
-        block = self._requested_block or saved.deal.block
+        # Without a wish: as before, or as suits another number of lanes.
+        block = self._requested_block or (self.deal.block if lanes != saved.deal.num_lanes else saved.deal.block)
         if (lanes, block) != (saved.deal.num_lanes, saved.deal.block):
             self._deal_again(saved, lanes=lanes, block=block)
         else:
@@ -278,6 +293,6 @@ def _batch(buffers: BatchBuffers, chunks: Sequence[Chunk]) -> Batch:
         samples=buffers.samples.clone(),
         counts=sum((chunk.counts for chunk in chunks), Counter()),
         bad_shards=sum((chunk.bad_shards for chunk in chunks), Counter()),
-        faults=[fault for chunk in chunks for fault in chunk.faults],
+        faults=[fault for chunk in chunks for fault in chunk.notes.faults],
     )
     return Batch(buffers.images, buffers.texts, record)

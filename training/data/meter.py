@@ -11,6 +11,7 @@ from torch import Tensor
 
 from training.data.accounting import BadSampleBudget, data_metrics, from_vector, skipped, to_vector
 from training.data.loader import TrainLoader
+from training.data.position import add_counters
 
 RANK_COLUMNS = ("read", "skipped", "retries", "bytes_read", "wait_s", "epoch_min", "epoch_mean", "epoch_max")
 _RANKS_SHOWN_ONE_BY_ONE = 8
@@ -33,7 +34,7 @@ class DataMeter:
         self._budget = budget
         self._sum = sum_over_ranks
         self._gather = gather
-        self._before: Counter[str] = Counter()
+        self._before = Counter(loader.totals)  # of a resumed run, what was counted before
 
     def measure(self, *, wait_s: float, elapsed_s: float, device: torch.device) -> dict[str, float]:
         """Totals of the run, rates since the last call, and what each rank did. Collective: all ranks.
@@ -62,7 +63,7 @@ class DataMeter:
         return (totals["read"], skipped(totals), totals["retries"], totals["bytes_read"], wait_s, *lanes)
 
     def _worst_shards(self) -> Counter[str]:
-        return sum(self._gather(self._loader.bad_shards), Counter())
+        return add_counters(self._gather(self._loader.position().bad_shards))
 
 
 def _rank_metrics(by_rank: Tensor) -> dict[str, float]:

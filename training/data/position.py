@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from training.data.lanes import Deal, LanePosition, owned_lanes
+
+_WORST_SHARDS = 100
 
 
 class StreamIdentity(NamedTuple):
@@ -95,6 +97,14 @@ def merge_ranks(
             owned_lanes(deal.num_lanes, rank=rank, world_size=len(ranks)), part.lanes, strict=True
         ):
             lanes[lane] = position
-    totals: Counter[str] = sum((part.totals for part in ranks), Counter())
-    bad_shards: Counter[str] = sum((part.bad_shards for part in ranks), Counter())
-    return StreamPosition(identity, deal, lanes, emitted, [part.cursor for part in ranks], totals, bad_shards)
+    totals = add_counters(part.totals for part in ranks)
+    worst = Counter(dict(add_counters(part.bad_shards for part in ranks).most_common(_WORST_SHARDS)))
+    return StreamPosition(identity, deal, lanes, emitted, [part.cursor for part in ranks], totals, worst)
+
+
+def add_counters(counters: Iterable[Counter[str]]) -> Counter[str]:
+    """Their sum, in time linear in their sizes (``sum`` copies it for each of them)."""
+    total: Counter[str] = Counter()
+    for counter in counters:
+        total.update(counter)
+    return total

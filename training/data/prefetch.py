@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,8 +27,8 @@ def load_to_device(
     return _prefetch(batches, to_device=to_device, device=device)
 
 
-def pin(memory: Tensor) -> None:
-    """Makes a tensor's memory page-locked, so that copies to a GPU run beside its computation.
+def pin(memory: Tensor) -> Callable[[], None]:
+    """Makes a tensor's memory page-locked, so that copies to a GPU run beside its computation; returns the undoing.
 
     Raises:
         RuntimeError: the system allows no more locked memory.
@@ -38,6 +39,11 @@ def pin(memory: Tensor) -> None:
             f"{memory.nbytes / 2**20:.0f} MiB of loader memory cannot be page-locked (CUDA error {int(status)}): raise "
             "`ulimit -l`, or lower --batch-size."
         )
+    return partial(_unpin, memory)
+
+
+def _unpin(memory: Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
 def _prefetch(

@@ -79,6 +79,8 @@ class WorkerPool:
 
     def close(self) -> None:
         """Ends the workers at once, whatever they are doing."""
+        with contextlib.suppress(BrokenPipeError):
+            _pipe(self._host.stdin).write(b".")
         _pipe(self._host.stdin).close()
         for command in self._commands:
             os.close(command)
@@ -94,7 +96,7 @@ class WorkerPool:
     def _receive(self, worker: int) -> Chunk:
         try:
             message: Chunk | WorkerFailure = self._results[worker].recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # the latter in the middle of a message
             raise WorkerDied(f"Data loading stopped: {self._last_words(worker)}.") from None
         if isinstance(message, WorkerFailure):
             raise message.error
