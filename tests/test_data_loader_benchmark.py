@@ -29,7 +29,7 @@ def _round(samples: int, seconds: float, cpu_s: float) -> dict[str, float]:
 
 def test_a_quick_run_of_our_side_measures_every_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "result.json"
-    arguments = ["--quick", "--arms=clipyard", "--sizes", "40", "--samples=64", "--batch-size=16", "--seconds=0.1"]
+    arguments = ["--quick", "--arms=clipyard", "--sizes", "40", "--samples=64", "--batch-size=16", "--seconds=1"]
     arguments += [f"--photos={_photos(tmp_path / 'photos')}", f"--directory={tmp_path}", f"--out={out}"]
     assert main(arguments) == 0
     (cell,) = json.loads(out.read_text())["cells"]
