@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from benchmarks.photo_shards import Shards, find_photos, make_shards
+from benchmarks.process_meter import process_tree
 from benchmarks.provenance import ROOT, describe_run
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -180,8 +181,9 @@ class LoaderProcess:
         return cast("dict[str, Any]", json.loads(answer))
 
     def _signal(self, number: int) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+        for pid in process_tree(self._process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 def measure_cell(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
-from benchmarks.process_meter import memory, session_processes, usage
+from benchmarks.process_meter import memory, process_tree, usage
 
 _FULL_SHUFFLE_BUFFER = 5000
 
@@ -89,7 +89,7 @@ def draw(batches: Iterator[Drawn], *, discard: int, seconds: float, multiple: in
     """
     for _ in range(discard):
         next(batches)
-    processes = session_processes(os.getsid(0))
+    processes = process_tree(os.getpid())
     before, start = usage(processes), time.perf_counter()
     counts: Counter[str] = Counter()
     taken = samples = 0

@@ -1,4 +1,4 @@
-"""What the processes of one session have used, from Linux's /proc: processor time, memory, bytes read."""
+"""What a process and those below it have used, from Linux's /proc: processor time, memory, bytes read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-_SESSION, _USER_TICKS, _SYSTEM_TICKS = 3, 11, 12
+_PARENT, _USER_TICKS, _SYSTEM_TICKS = 1, 11, 12
 """Fields of /proc/PID/stat after the command's name."""
 
 
@@ -27,14 +27,15 @@ class Memory(NamedTuple):
     rss_mb: float
 
 
-def session_processes(session: int) -> list[int]:
-    """The processes that ``session``'s leader started, itself included, however deep."""
-    found = []
+def process_tree(root: int) -> list[int]:
+    """A process and all that it started, however deep, also in sessions of their own."""
+    children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            fields = _stat(int(entry.name))
-            if fields and int(fields[_SESSION]) == session:
-                found.append(int(entry.name))
+        if entry.name.isdigit() and (fields := _stat(int(entry.name))):
+            children.setdefault(int(fields[_PARENT]), []).append(int(entry.name))
+    found = [root]
+    for pid in found:  # grows while it is read
+        found += children.get(pid, [])
     return found
 
 

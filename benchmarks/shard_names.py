@@ -25,7 +25,7 @@ from typing import cast
 import torch
 from PIL import Image
 
-from benchmarks.process_meter import memory, session_processes
+from benchmarks.process_meter import memory, process_tree
 from benchmarks.provenance import ROOT, describe_run
 from models.config import PreprocessConfig, load_model_config
 from models.tokenizer import Tokenizer
@@ -104,7 +104,7 @@ def _measure(report: Connection, tar: str, shards: int, workers: int) -> None:
     built = time.perf_counter()
     next(iter_ := iter(loader))
     first = time.perf_counter()
-    children = [pid for pid in session_processes(os.getpid()) if pid != os.getpid()]
+    children = process_tree(os.getpid())[1:]
     report.send(
         {
             "build_s": round(built - start, 3),
