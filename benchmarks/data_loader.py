@@ -2,7 +2,7 @@
 
     python -m benchmarks.data_loader
 
-    photos -> shards -> [ours | OpenCLIP's, each a process group that is stopped while the other is measured] -> JSON
+    photos -> shards -> [ours | OpenCLIP's, each stopped while the other is measured] -> JSON
 
 Loading alone: batches are taken and dropped. OpenCLIP's loader runs with the webdataset release that it pins.
 """
