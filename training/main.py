@@ -11,7 +11,7 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from training.checkpoint.saver import Saver
 from training.cli import Parsed, config_values, parse_or_exit
 from training.config import Config, ModelConfig
 from training.data.accounting import FEWEST_SLOTS, BadSampleBudget, DataBudgetExceeded
-from training.data.batch import to_device
+from training.data.batch import Batch, DeviceBatch, to_device
 from training.data.build import build_train_loader, has_train_data
 from training.data.meter import DataMeter
 from training.data.prefetch import load_to_device, pin
@@ -198,17 +198,7 @@ def _build_training(
             num_sources=len(loader.source.source_names),
         ),
         schedule=build_schedule(config.schedule, lr=_base_lr(optimizer), steps_per_epoch=plan.steps_per_epoch),
-        load=partial(
-            load_to_device,
-            to_device=partial(
-                to_device,
-                mean=built.preprocess.mean,
-                std=built.preprocess.std,
-                device=runtime.device,
-                dtype=precision.input_dtype,
-            ),
-            device=runtime.device,
-        ),
+        load=_device_loading(built, precision, device=runtime.device),
         meter=DataMeter(
             loader,
             rank=runtime.rank,
@@ -220,17 +210,32 @@ def _build_training(
         ),
         trace=open_trace(run, first_step=parts.state.step),
         evaluate=partial(_evaluate_epoch, run, built, evaluators, precision),
-        saver=None
-        if run.paths is None
-        else Saver(
-            config.checkpoint,
-            checkpointer=Checkpointer(run.paths.checkpoints, keep=config.checkpoint.keep_checkpoints),
-            parts=parts,
-            runtime=runtime,
-            run_config=config_values(config),
-            name=run.name,
-            epochs=config.schedule.epochs,
-        ),
+        saver=_build_saver(run, parts),
+    )
+
+
+def _device_loading(
+    built: BuiltModel, precision: Precision, *, device: torch.device
+) -> Callable[[Iterator[Batch]], Iterator[DeviceBatch]]:
+    """What brings the loader's batches to the device, normalised."""
+    mean, std = built.preprocess.mean, built.preprocess.std
+    convert = partial(to_device, mean=mean, std=std, device=device, dtype=precision.input_dtype)
+    return partial(load_to_device, to_device=convert, device=device)
+
+
+def _build_saver(run: Run, parts: RunParts) -> Saver | None:
+    """None with ``--logs none``."""
+    if run.paths is None:
+        return None
+    config = run.config
+    return Saver(
+        config.checkpoint,
+        checkpointer=Checkpointer(run.paths.checkpoints, keep=config.checkpoint.keep_checkpoints),
+        parts=parts,
+        runtime=run.runtime,
+        run_config=config_values(config),
+        name=run.name,
+        epochs=config.schedule.epochs,
     )
 
 

@@ -112,9 +112,7 @@ def train(
             numbers = _read_metrics(metrics, world_size=runtime.world_size)  # host sync; collective: all ranks
             numbers |= clock.read(samples_per_step=plan.samples_per_step, world_size=runtime.world_size)
             numbers |= {"lr": lr, "epoch": place / plan.steps_per_epoch, "samples_seen": state.samples_seen}
-            numbers |= _read_source_losses(metrics, names=parts.loader.source.source_names)  # collective: all ranks
-            # collective: all ranks
-            numbers |= meter.measure(wait_s=clock.data_wait_s, elapsed_s=clock.elapsed_s, device=runtime.device)
+            numbers |= _read_data(metrics, clock, parts=parts, meter=meter, device=runtime.device)
             if reporter is not None:
                 log_line = plan.logs_line(place)
                 reporter.step(step, numbers, place=place, samples_per_step=plan.samples_per_step, log_line=log_line)
@@ -147,6 +145,18 @@ def _read_metrics(metrics: StepMetrics, *, world_size: int) -> dict[str, float]:
     numbers = dict(zip(names, means, strict=True))
     # OpenCLIP logs the temperature as "scale" (3.3.0) or "logit_scale" (later), the loss under both its names.
     return numbers | {"scale": numbers["logit_scale"], "contrastive_loss": numbers["loss"]}
+
+
+def _read_data(
+    metrics: StepMetrics, clock: StepClock, *, parts: RunParts, meter: DataMeter, device: torch.device
+) -> dict[str, float]:
+    """What was read, and the loss by source. Collective: all ranks.
+
+    Raises:
+        DataBudgetExceeded: too much of the data is bad; on all ranks.
+    """
+    measured = meter.measure(wait_s=clock.data_wait_s, elapsed_s=clock.elapsed_s, device=device)
+    return measured | _read_source_losses(metrics, names=parts.loader.source.source_names)
 
 
 def _read_source_losses(metrics: StepMetrics, *, names: Sequence[str]) -> dict[str, float]:

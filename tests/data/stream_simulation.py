@@ -15,6 +15,7 @@ from training.data.decode import Sample, UnusableSample
 from training.data.lanes import Deal, shard_of_slot
 from training.data.loader import TrainLoader
 from training.data.position import StreamIdentity, StreamPosition, read_position
+from training.data.sources import NO_COUNTERS
 from training.data.tar_reader import RawSample
 
 SEED = 11
@@ -25,6 +26,8 @@ class NumberSource:
     """Shards of given sizes in epoch mode; a sample's key says where it comes from."""
 
     source_names = ("numbers",)
+    parts = 1
+    counters = NO_COUNTERS
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = tuple(sizes)

@@ -88,6 +88,20 @@ def wait_until_gone(pids: list[int]) -> list[int]:
     return [pid for pid in pids if is_running(pid)]
 
 
+def kill_trainer(code: str) -> list[str]:
+    """Runs a trainer until it says that it is ready, kills it, and sees its processes end; their command lines."""
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None
+    assert trainer.stdout.readline() == "ready\n"
+    pids = children(trainer.pid)
+    commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in pids]
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    assert wait_until_gone(pids) == []
+    return commands
+
+
 def test_a_killed_worker_is_replaced_and_no_sample_is_lost_or_repeated(tmp_path, caplog):
     (loader,) = Job(NumberSource(SIZES), 7, 5, KillingDecoder(tmp_path / "killed"), workers=2).loaders(1, 6)
     batches = list(islice(loader, 6))
@@ -172,18 +186,11 @@ next(batches)
 print("ready", flush=True)
 time.sleep(60)
 """
-    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert trainer.stdout is not None
-    assert trainer.stdout.readline() == "ready\n"
-    pids = children(trainer.pid)
-    assert len(pids) == 3
-    trainer.kill()
-    trainer.wait()
-    trainer.stdout.close()
-    assert wait_until_gone(pids) == []
+    commands = kill_trainer(code)
+    assert len(commands) == 3
 
 
-def test_commands_end_with_the_workers_that_run_them(tmp_path):
+def test_commands_end_with_the_workers_that_run_them():
     code = """
 import time
 from tests.data.test_worker_pool import SleepingPipes
@@ -196,15 +203,7 @@ time.sleep(4)
 print("ready", flush=True)
 time.sleep(60)
 """
-    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert trainer.stdout is not None
-    assert trainer.stdout.readline() == "ready\n"
-    pids = children(trainer.pid)
-    assert sum("sleep" in Path(f"/proc/{pid}/cmdline").read_text() for pid in pids) > 0
-    trainer.kill()
-    trainer.wait()
-    trainer.stdout.close()
-    assert wait_until_gone(pids) == []
+    assert any("sleep" in command for command in kill_trainer(code))
 
 
 def test_nothing_of_the_ring_is_left_in_dev_shm():

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from training.data.storage_errors import COUNTERS as STORAGE_COUNTERS
+
 UNUSABLE_REASONS = (
     "no_image",
     "no_caption",
@@ -27,11 +29,7 @@ COUNTERS = (
     "lost_samples",
     "slots_ended",
     "slot_samples",
-    "bytes_read",
-    "requests",
-    "retries",
-    "cache_hits",
-    "cache_misses",
+    *STORAGE_COUNTERS,
     "worker_restarts",
     "read_us",
     "decode_us",
@@ -139,5 +137,5 @@ def data_metrics(counts: Mapping[str, int], *, before: Mapping[str, int], elapse
     for stage in ("read", "decode", "tokenize"):
         name = f"{stage}_us"
         metrics[f"data/{name}_per_sample"] = (counts.get(name, 0) - before.get(name, 0)) / max(1, read)
-    occurred = ("lost/", "skipped/", "retries", "cache_hits", "cache_misses", "worker_restarts", "lost_samples")
+    occurred = ("lost/", "skipped/", "retries", "cache_", "worker_restarts", "lost_samples")
     return metrics | {f"data/{name}": float(n) for name, n in counts.items() if n and name.startswith(occurred)}

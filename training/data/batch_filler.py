@@ -172,8 +172,6 @@ class BatchFiller:
         )
 
     def _count_storage(self, counts: Counter[str]) -> None:
-        storage = getattr(self._stream.source, "storage", None)
-        if storage is not None:
-            now = Counter(storage.counters)
-            counts.update(now - self._storage_counts)
-            self._storage_counts = now
+        now = Counter(self._stream.source.counters)
+        counts.update(now - self._storage_counts)
+        self._storage_counts = now

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from training.data.lanes import epoch_order
-from training.data.sources import slot_rows
+from training.data.sources import NO_COUNTERS, slot_rows
 from training.data.tar_reader import RawSample
 
 _NOT_THE_ROWS_FAULT = (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM)
@@ -88,6 +88,9 @@ class CsvTable:
 
 class CsvSource:
     """Rows of a table in slots: each epoch permutes all rows and cuts the permutation into slots."""
+
+    parts = 1
+    counters = NO_COUNTERS
 
     def __init__(self, table: CsvTable, *, seed: int) -> None:
         self.table = table

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -23,6 +23,16 @@ class Source(Protocol):
     """What lanes read: an endless sequence of slots."""
 
     slots_per_epoch: int
+
+    @property
+    def parts(self) -> int:
+        """Slots that a shard is cut into."""
+        ...
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """What the storage has done so far, in this process: bytes, requests, retries."""
+        ...
 
     @property
     def source_names(self) -> Sequence[str]:
@@ -120,7 +130,7 @@ def read_blocks(source: Source, deal: Deal, lane: int, position: LanePosition) -
             start, taken = start + length, 0
         if error is None and start + len(block):
             notes.ended.append(start + len(block))
-        elif error is None and first == 0 and getattr(source, "parts", 1) == 1:
+        elif error is None and first == 0 and source.parts == 1:
             name = source.shard_name(slot)
             notes.faults.append(Fault(slot, name, SHARD_EMPTY, "it holds no sample: no members with an extension.", 0))
         barren.add(found=found, shard=source.shard_name(slot), faults=notes.faults)

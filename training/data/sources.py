@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +17,8 @@ from training.data.tar_reader import RawSample, read_samples
 
 _MAX_SLOT_ROWS = 512
 _SLOTS_OF_A_SMALL_TABLE = 96
+NO_COUNTERS: Mapping[str, int] = MappingProxyType({})
+"""Of sources without a storage."""
 
 
 def slot_rows(rows: int) -> int:
@@ -64,6 +67,11 @@ class TarSource:
         self._source_of_shard = shards.source_of_shard
         self._cumulative_weights = np.cumsum(np.asarray(shards.weights, dtype=np.float64))
 
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """What the storage has done for this source, in this process."""
+        return self.storage.counters
+
     def shard_name(self, slot: int) -> str:
         """The URL of the shard that a slot reads."""
         return self.shards.urls[self.shard_and_part(slot)[0]]
@@ -80,10 +88,6 @@ class TarSource:
             return drawn_shard(slot, cumulative_weights=self._cumulative_weights, seed=self.seed), 0
         unit = shard_of_slot(slot, num_shards=self.slots_per_epoch, seed=self.seed)
         return divmod(unit, self.parts)
-
-    def index_in_shard(self, slot: int, raw_index: int) -> int:
-        """The place in its shard of a slot's sample."""
-        return raw_index * self.parts + self.shard_and_part(slot)[1]
 
     def read_slot(self, slot: int, *, start: int, offset: int) -> Iterator[RawSample]:
         """The samples of the slot from raw index ``start`` on; ``offset`` is its byte, or 0 if that is unknown.
@@ -106,6 +110,8 @@ class SyntheticSource:
     """Random noise with numbered captions: every part of the engine runs, nothing is learnt, no data is needed."""
 
     source_names = ("synthetic",)
+    parts = 1
+    counters = NO_COUNTERS
 
     def __init__(self, *, image_size: tuple[int, int], num_samples: int, seed: int) -> None:
         self.seed = seed
