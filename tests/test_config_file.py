@@ -54,7 +54,7 @@ def test_an_empty_file_changes_nothing(read):
 
 
 def test_null_is_allowed_where_it_is_the_default(read):
-    assert read("train-data: a.tar\nlr: null\nremote-sync: null\n") == parse(["--train-data", "a.tar"])
+    assert read("train-data: a.tar\nlr: null\ndistill-model: null\n") == parse(["--train-data", "a.tar"])
 
 
 @pytest.mark.parametrize(

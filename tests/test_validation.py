@@ -45,7 +45,7 @@ def test_every_number_has_a_range(field_name):
             "--epochs-cooldown 3 is longer than --epochs 2",
         ),
         ("--lr-scheduler cosin", r"--lr-scheduler 'cosin' is not one of .*\(nearest: cosine\)"),
-        ("--opt adam", r"--opt 'adam' is not adamw, nadamw or timm/NAME \(nearest: adamw\)"),
+        ("--opt adam", r"--opt 'adam' is not adamw, stableadamw, nadamw or timm/NAME \(nearest: adamw\)"),
         ("--opt timm/", "--opt 'timm/' is not adamw"),
         (
             "--opt timm/lamb --wd-exclude x",

@@ -155,9 +155,66 @@ class CheckpointConfig:
     save_most_recent: bool = False
     save_every_n_steps: int = 0
     """Steps between step checkpoints within an epoch; 0 saves at the ends of epochs only."""
+    save_every_n_minutes: float = 0.0
+    """Minutes between step checkpoints, by rank 0's clock; 0 is never."""
     keep_checkpoints: int = 2
-    """Step checkpoints kept on disk (at least 2: the newest may be the one that is damaged)."""
+    """Newest step checkpoints kept on disk (at least 2: the newest may be the one that is damaged)."""
+    keep_every_n_steps: int = 0
+    """Step checkpoints at multiples of this are kept for good; 0 keeps none."""
+    keep_best: str | None = None
+    """Metric of the evaluation whose best step checkpoint is kept."""
+    max_save_failures: int = 3
+    """Saves in a row that may fail before the run ends."""
     delete_previous_checkpoint: bool = False
+    allow_restart_from_zero: bool = False
+    """Start from the beginning although the run has checkpoints, none of which can be used."""
+    allow_config_change: tuple[str, ...] = ()
+    """Settings, named as flags, that may differ from the checkpoint's beside those that always may."""
+    branch_from: str | None = None
+    """RUN@STEP: a checkpoint of another run that this one starts from."""
+    remote_sync: str | None = None
+    """URL under which the run directory is mirrored."""
+    remote_sync_frequency: int = 300
+    """Seconds between two rounds of mirroring."""
+    remote_sync_protocol: str = "s3"
+
+
+@dataclass(frozen=True)
+class ResilienceConfig:
+    """What a run does about bad steps, hangs, silent corruption, and other jobs in its directory."""
+
+    guard: str = "on"
+    """Whether bad steps are skipped; ``off`` only measures."""
+    guard_loss_z: float = 8.0
+    """Standard deviations above its mean at which a loss is bad."""
+    guard_grad_z: float = 8.0
+    """The same for the logarithm of the gradient norm."""
+    guard_warmup: int = 100
+    """Good steps before the statistics are trusted; until then only what is not finite is bad."""
+    guard_damp_steps: int = 500
+    """How long beta2 and learning rate stay lowered after repeated bad steps."""
+    guard_damp_lr: float = 0.5
+    guard_damp_beta2: float = 0.95
+    guard_skip_steps: int = 200
+    """Steps' worth of data left out after the onset of a spike that was rewound."""
+    guard_max_rewinds: int = 3
+    """Rewinds without progress in between before the run stops for good."""
+    telemetry_every_n_steps: int = 50
+    """Steps between measurements of updates, gradients and activations by layer; 0 is never."""
+    checksum_every_n_steps: int = 1000
+    """Steps between comparisons of the ranks' parameters; 0 is never."""
+    on_divergence: str = "stop"
+    """What follows when they differ."""
+    timeout_start: float = 1800.0
+    """Seconds without progress until the first step is done that count as a hang."""
+    timeout_step: float = 600.0
+    """The same for every later step."""
+    timeout_evaluation: float = 3600.0
+    """The same for an evaluation, a save or a rewind."""
+    timeout_heartbeat: float = 120.0
+    """Seconds a process may be without any sign of life; 0 starts no monitor."""
+    take_over: bool = False
+    """Take the run directory from a job that cannot be seen to have ended."""
 
 
 @dataclass(frozen=True)
@@ -205,5 +262,6 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -86,7 +86,6 @@ _NO_FSDP = "parameters are not sharded yet. Use DDP (no flag needed) with --grad
 _NO_DISTILLATION = "there is no distillation loss. Use --pretrained or --pretrained-image to start from other weights"
 _NO_COCA = "only CoCa models use it, and those are refused by name"
 _NO_LAYER_DECAY = "learning rates per layer are not supported. Use --lock-image or --lock-text with unlocked groups"
-_NO_REMOTE_SYNC = "runs are not copied elsewhere yet. Put --logs on shared storage, or copy the run directory yourself"
 _FIXED_TEXT = "captions have the fixed length of the model's context here, so there is no padding to choose"
 
 FLAGS: tuple[Flag, ...] = (
@@ -225,7 +224,7 @@ FLAGS: tuple[Flag, ...] = (
     _refused("distill-model", "text", None, _NO_DISTILLATION),
     _refused("distill-pretrained", "text", None, _NO_DISTILLATION),
     # optim
-    _on("opt", "text", "adamw, nadamw or timm/NAME."),
+    _on("opt", "text", "adamw, stableadamw, nadamw or timm/NAME."),
     _on("lr", "number", "Peak learning rate; 5e-4 unless the optimizer is timm's."),
     _on("beta1", "number", "First Adam momentum; 0.9 unless the optimizer is timm's."),
     _on("beta2", "number", "Second Adam momentum; 0.98 with `vit` in the model's name, else 0.999; not for timm's."),
@@ -310,11 +309,88 @@ FLAGS: tuple[Flag, ...] = (
         "Optimizer steps between checkpoints within an epoch; 0 saves at the ends of epochs only.",
         origin="Clipyard",
     ),
-    _on("keep-checkpoints", "integer", "Step checkpoints kept on disk, at least 2.", origin="Clipyard"),
+    _on(
+        "save-every-n-minutes",
+        "number",
+        "Minutes between checkpoints, by the clock of rank 0; 0 is never.",
+        origin="Clipyard",
+    ),
+    _on("keep-checkpoints", "integer", "Newest step checkpoints kept on disk, at least 2.", origin="Clipyard"),
+    _on("keep-every-n-steps", "integer", "Checkpoints at multiples of this step are kept for good.", origin="Clipyard"),
+    _on("keep-best", "text", "Metric of the evaluation whose best checkpoint is kept.", origin="Clipyard"),
+    _on("max-save-failures", "integer", "Saves in a row that may fail before the run ends.", origin="Clipyard"),
     _on("delete-previous-checkpoint", "switch", "Delete the previous epoch_N.pt once the next is written."),
-    _refused("remote-sync", "text", None, _NO_REMOTE_SYNC),
-    _refused("remote-sync-frequency", "integer", 300, _NO_REMOTE_SYNC),
-    _refused("remote-sync-protocol", "text", "s3", _NO_REMOTE_SYNC, choices=("s3", "fsspec")),
+    _on(
+        "allow-restart-from-zero",
+        "switch",
+        "Start from the beginning although there are checkpoints, none of which can be used.",
+        origin="Clipyard",
+    ),
+    _on(
+        "allow-config-change",
+        "texts",
+        "Settings that may differ from those of the checkpoint, beside the ones that always may.",
+        origin="Clipyard",
+    ),
+    _on("branch-from", "text", "RUN@STEP: start this run from a checkpoint of another one.", origin="Clipyard"),
+    _on("remote-sync", "text", "URL that the run directory is mirrored to, and resumed from if it is gone."),
+    _on("remote-sync-frequency", "integer", "Seconds between two rounds of mirroring."),
+    _on(
+        "remote-sync-protocol",
+        "text",
+        "s3: the built-in client; fsspec: any URL that fsspec knows.",
+        choices=("s3", "fsspec"),
+    ),
+    # resilience
+    _on(
+        "guard",
+        "text",
+        "on: steps with a bad loss or gradient change nothing, on no rank; off: they are only counted.",
+        choices=("on", "off"),
+        origin="Clipyard",
+    ),
+    _on("guard-loss-z", "number", "Standard deviations above its mean that make a loss bad.", origin="Clipyard"),
+    _on("guard-grad-z", "number", "The same for the logarithm of the gradient norm.", origin="Clipyard"),
+    _on("guard-warmup", "integer", "Good steps before these statistics are trusted.", origin="Clipyard"),
+    _on("guard-damp-steps", "integer", "Steps with lowered lr and beta2 after repeated bad steps.", origin="Clipyard"),
+    _on("guard-damp-lr", "number", "What the learning rate is multiplied with meanwhile.", origin="Clipyard"),
+    _on("guard-damp-beta2", "number", "Adam's beta2 meanwhile.", origin="Clipyard"),
+    _on("guard-skip-steps", "integer", "Steps' worth of data left out when a spike is rewound.", origin="Clipyard"),
+    _on("guard-max-rewinds", "integer", "Rewinds without progress before the run stops.", origin="Clipyard"),
+    _on(
+        "telemetry-every-n-steps",
+        "integer",
+        "Steps between measurements of updates, gradients and activations by layer; 0 is never.",
+        origin="Clipyard",
+    ),
+    _on(
+        "checksum-every-n-steps",
+        "integer",
+        "Steps between comparisons of the ranks' parameters; 0 is never.",
+        origin="Clipyard",
+    ),
+    _on(
+        "on-divergence",
+        "text",
+        "What follows when they differ: stop the run, or rewind it to a checkpoint from before.",
+        choices=("stop", "rewind"),
+        origin="Clipyard",
+    ),
+    _on("timeout-start", "number", "Seconds without progress that count as a hang at first.", origin="Clipyard"),
+    _on("timeout-step", "number", "The same for every later step.", origin="Clipyard"),
+    _on("timeout-evaluation", "number", "The same for an evaluation, a save or a rewind.", origin="Clipyard"),
+    _on(
+        "timeout-heartbeat",
+        "number",
+        "Seconds a process may be without a sign of life before it is ended; 0 starts no monitor.",
+        origin="Clipyard",
+    ),
+    _on(
+        "take-over",
+        "switch",
+        "Take the run directory from a job that cannot be seen to have ended.",
+        origin="Clipyard",
+    ),
     # evaluation
     _on("imagenet-val", "text", "Folder with one folder of images per ImageNet class, for zero-shot."),
     _on("imagenet-v2", "text", "ImageNet-V2: a folder with class folders 0 to 999, as its package unpacks it."),

@@ -28,6 +28,9 @@ AUGMENTATION_KEYS = (
 )
 """OpenCLIP's keys, and ``openclip_keys``: read them as OpenCLIP does, which drops some of them."""
 
+OWN_OPTIMIZERS = ("adamw", "stableadamw", "nadamw")
+"""Names that ``--opt`` knows, beside ``timm/NAME``."""
+
 _REPORT_TARGETS = ("tensorboard", "wandb")
 
 
@@ -88,7 +91,25 @@ _RANGES: Mapping[str, _Range] = {
     "seed": _NOT_NEGATIVE,
     "save_frequency": _NOT_NEGATIVE,
     "save_every_n_steps": _NOT_NEGATIVE,
+    "save_every_n_minutes": _NOT_NEGATIVE,
     "keep_checkpoints": _Range(2),
+    "keep_every_n_steps": _NOT_NEGATIVE,
+    "max_save_failures": _ONE_OR_MORE,
+    "remote_sync_frequency": _ONE_OR_MORE,
+    "guard_loss_z": _POSITIVE,
+    "guard_grad_z": _POSITIVE,
+    "guard_warmup": _Range(2),
+    "guard_damp_steps": _ONE_OR_MORE,
+    "guard_damp_lr": _Range(low_included=False, high=1, high_included=True),
+    "guard_damp_beta2": _BELOW_ONE,
+    "guard_skip_steps": _NOT_NEGATIVE,
+    "guard_max_rewinds": _NOT_NEGATIVE,
+    "telemetry_every_n_steps": _NOT_NEGATIVE,
+    "checksum_every_n_steps": _NOT_NEGATIVE,
+    "timeout_start": _POSITIVE,
+    "timeout_step": _POSITIVE,
+    "timeout_evaluation": _POSITIVE,
+    "timeout_heartbeat": _NOT_NEGATIVE,
     "zeroshot_frequency": _NOT_NEGATIVE,
     "val_frequency": _NOT_NEGATIVE,
     "val_retrieval_chunk_size": _NOT_NEGATIVE,
@@ -110,6 +131,9 @@ _NEVER_EMPTY = (
     "model",
     "device",
     "resume",
+    "keep_best",
+    "branch_from",
+    "remote_sync",
     "imagenet_val",
     "imagenet_v2",
     "zeroshot_data",
@@ -134,6 +158,7 @@ def validate(config: Config) -> None:
             _augmentation_problems(config.image.aug_cfg),
             _optimizer_problems(config),
             _schedule_problems(config),
+            _checkpoint_problems(config),
             _report_problems(config.logging.report_to),
         )
     )
@@ -167,8 +192,9 @@ def _choice_problems(config: Config) -> Iterator[str]:
         if problem is not None:
             yield problem
     opt = config.optim.opt
-    if opt not in ("adamw", "nadamw") and not (opt.startswith("timm/") and opt != "timm/"):
-        yield f"--opt {opt!r} is not adamw, nadamw or timm/NAME{nearest(opt, ('adamw', 'nadamw', f'timm/{opt}'))}."
+    if opt not in OWN_OPTIMIZERS and not (opt.startswith("timm/") and opt != "timm/"):
+        near = nearest(opt, (*OWN_OPTIMIZERS, f"timm/{opt}"))
+        yield f"--opt {opt!r} is not {', '.join(OWN_OPTIMIZERS)} or timm/NAME{near}."
 
 
 def _range_problems(config: Config) -> Iterator[str]:
@@ -340,6 +366,25 @@ def _schedule_problems(config: Config) -> Iterator[str]:
         )
 
 
+def _checkpoint_problems(config: Config) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    unknown = [name for name in checkpoint.allow_config_change if _field(name) not in BY_FIELD]
+    for name in unknown:
+        known = [flag.name for flag in FLAGS if flag.verdict is Verdict.SUPPORTED]
+        yield f"--allow-config-change {name}: no flag has this name{nearest(name, known)}."
+    if checkpoint.branch_from is None:
+        return
+    run, _, step = checkpoint.branch_from.rpartition("@")
+    if not run or not (step.isdecimal() or step == "latest"):
+        yield f"--branch-from {checkpoint.branch_from!r} must be RUN@STEP: a run directory, @, a step or `latest`."
+    if checkpoint.resume not in (None, "latest"):
+        yield f"--branch-from and --resume {checkpoint.resume} both say where to start from: leave one out."
+
+
+def _field(name: str) -> str:
+    return name.removeprefix("--").replace("-", "_")
+
+
 def _report_problems(report_to: str) -> Iterator[str]:
     if "trackio" in report_to:
         yield f"--report-to {report_to} is refused: trackio is not supported. Use tensorboard or wandb."
@@ -369,8 +414,14 @@ _WRITTEN = (
     "save_frequency",
     "save_most_recent",
     "save_every_n_steps",
+    "save_every_n_minutes",
     "keep_checkpoints",
+    "keep_every_n_steps",
+    "keep_best",
+    "max_save_failures",
     "delete_previous_checkpoint",
+    "remote_sync",
+    "take_over",
 )
 
 
@@ -415,6 +466,17 @@ def _inert_groups(config: Config) -> list[tuple[bool, str, tuple[str, ...]]]:
             "--json-text-key reads captions from .json members",
             ("text_key",),
         ),
+        (
+            config.checkpoint.remote_sync is None,
+            "--remote-sync is not given",
+            ("remote_sync_frequency", "remote_sync_protocol"),
+        ),
+        (
+            config.resilience.guard == "off",
+            "--guard off acts on nothing",
+            ("guard_damp_steps", "guard_damp_lr", "guard_damp_beta2", "guard_skip_steps", "guard_max_rewinds"),
+        ),
+        (config.resilience.checksum_every_n_steps == 0, "parameters are not compared", ("on_divergence",)),
         (config.data.cache_shards is None, "--cache-shards is not given", ("cache_gib",)),
         (not has_zero_shot, "no zero-shot data is given (--imagenet-val, --zeroshot-data)", ("zeroshot_frequency",)),
         (config.data.val_data is None, "--val-data is not given", ("val_frequency", "val_num_samples")),
