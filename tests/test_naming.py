@@ -57,6 +57,9 @@ def test_the_directory_is_laid_out_as_openclips():
         results_jsonl=Path("/runs/n/checkpoints/results.jsonl"),
         trace=Path("/runs/n/trace"),
         starts_jsonl=Path("/runs/n/starts.jsonl"),
+        events_jsonl=Path("/runs/n/events.jsonl"),
+        leases=Path("/runs/n/leases"),
+        hangs=Path("/runs/n/hangs"),
     )
 
 

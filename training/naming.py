@@ -1,10 +1,12 @@
 """Names a run, lays out its directory, and writes the settings into it.
 
     LOGS/NAME/
-        out.log  params.txt  config.yaml  metrics.jsonl
+        out.log  params.txt  config.yaml  metrics.jsonl  events.jsonl
         checkpoints/   epoch_N.pt, epoch_latest.pt, results.jsonl
         tensorboard/
         code/          with --copy-codebase
+        leases/        which start of the run owns the directory
+        hangs/         where every thread stood when the run hung
 
 The layout and the default name are OpenCLIP's, so that scripts that read its runs read these.
 """
@@ -48,6 +50,9 @@ class RunPaths:
     results_jsonl: Path
     trace: Path
     starts_jsonl: Path
+    events_jsonl: Path
+    leases: Path
+    hangs: Path
 
 
 def default_name(config: Config, *, date: datetime) -> str:
@@ -89,6 +94,9 @@ def run_paths(config: Config, *, name: str, rank: int = 0) -> RunPaths | None:
         results_jsonl=checkpoints / "results.jsonl",
         trace=root / "trace",
         starts_jsonl=root / STARTS_FILE,
+        events_jsonl=root / "events.jsonl",
+        leases=root / "leases",
+        hangs=root / "hangs",
     )
 
 
