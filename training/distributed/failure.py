@@ -5,7 +5,8 @@
                       collective -> log who was first -> exit with that rank's code
 
 A killed process writes nothing. Its neighbours on the same node see that it is gone and write the record for it;
-if it hosted the store, the others see that the store is gone.
+if it hosted the store, the others see that the store is gone. A rank that hangs is recorded by those that wait for
+it, and killed by its neighbours.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from training.distributed.store_calls import answer_within
 
 if TYPE_CHECKING:
     from training.distributed.runtime import Runtime
@@ -39,6 +43,8 @@ _CAUSE_S = 2.0
 """How long a rank that only lost a connection waits for the rank that caused it to be named."""
 _ACKNOWLEDGE_S = 3.0
 """How long rank 0, whose process may host the store, stays so that all others can read the record."""
+_ANSWER_S = 2.0
+"""How long a rank that ends the job for a hang waits for the store, whose host may be what hangs."""
 _LAST_WORDS_S = 10.0
 """How long writing the last log lines may take: a handler may be stuck in the very thing that hangs."""
 _guards_made = 0
@@ -50,20 +56,64 @@ class Failure(NamedTuple):
     rank: int
     exit_code: int
     text: str
+    silent: Sequence[int] = ()
+    """Ranks that hang and cannot end by themselves: their neighbours kill them."""
+
+
+class DeathCause(NamedTuple):
+    """What is known about a process that has said nothing."""
+
+    exit_code: int
+    text: str
+
+
+class JobEnd:
+    """What becomes known after the job has begun, and belongs into its end. One for each process."""
+
+    def __init__(self) -> None:
+        self.last_act: Callable[[], None] | None = None
+        """Called right before the process ends itself; not called when it ends in order."""
+        self.explain_death: Callable[[int, int], DeathCause | None] | None = None
+        """(rank, process number) of a neighbour that is gone -> why, if that is on record."""
+
+    def fail(self, rank: int, exit_code: int, text: str, silent: Sequence[int] = ()) -> NoReturn:
+        """Ends all processes of the job, from any thread, whatever their main threads wait for.
+
+        Args:
+            rank: whose failure it is; any rank may find it out.
+            silent: ranks that cannot end by themselves, and are killed by their neighbours.
+        """
+        logger.critical("rank %d failed: %s", rank, text)
+        self.leave(exit_code)
+
+    def leave(self, exit_code: int) -> NoReturn:
+        """Ends this process."""
+        if self.last_act is not None:
+            try:
+                self.last_act()
+            except Exception as error:  # whatever it is, it must not keep the process alive
+                logger.error("on the way out: %r", error)
+        for child in multiprocessing.active_children():
+            child.terminate()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not sys.exit: the main thread may be in a collective that never returns, or in the teardown of one.
+        os._exit(exit_code)
 
 
 @contextlib.contextmanager
-def fail_together(runtime: Runtime) -> Iterator[None]:
+def fail_together(runtime: Runtime) -> Iterator[JobEnd]:
     """Runs the body so that an uncaught error on any rank ends all ranks with a non-zero code. All ranks must enter.
 
     On the way out it waits for all ranks. ``SystemExit`` with a code other than 0 and ``KeyboardInterrupt`` (130) end
     the job with that code on every rank. A single process just fails as usual.
     """
     if runtime.store is None:
-        yield
+        yield JobEnd()
         return
-    with Guard(runtime.store, rank=runtime.rank, world_size=runtime.world_size):
-        yield
+    with Guard(runtime.store, rank=runtime.rank, world_size=runtime.world_size) as guard:
+        yield guard
 
 
 class _Process(NamedTuple):
@@ -73,10 +123,11 @@ class _Process(NamedTuple):
     started: str
 
 
-class Guard:
+class Guard(JobEnd):
     """The record of the first failure in the store, and the thread that watches it."""
 
     def __init__(self, store: Store, *, rank: int, world_size: int) -> None:
+        super().__init__()
         global _guards_made
         _guards_made += 1  # the n-th guard of one rank belongs to the n-th of every other
         self._rank = rank
@@ -103,6 +154,15 @@ class Guard:
             self._leave()
         else:
             self._fail(error)
+
+    def fail(self, rank: int, exit_code: int, text: str, silent: Sequence[int] = ()) -> NoReturn:
+        """As above; the first failure that was recorded counts."""
+        own = Failure(rank, exit_code, text, silent)
+        try:
+            first = answer_within(_ANSWER_S, lambda: self._claim(own))
+        except RuntimeError:  # the store hangs: each rank ends for itself
+            self._end(own, store_answers=False)
+        self._end(first)
 
     def _leave(self) -> None:
         """Waits for all ranks, so that none sees another one's orderly end as its death. collective: all ranks."""
@@ -148,12 +208,18 @@ class Guard:
                 continue
             if first := self._record():  # it failed, said so, and ended between our two looks
                 return first
-            text = (
-                f"process {process.pid} on {socket.gethostname()} ended without a Python error: killed by a signal "
-                "(kill -9, the scheduler), out of memory (see dmesg), or crashed in native code"
-            )
-            return self._claim(Failure(rank, 1, text))
+            return self._claim(Failure(rank, *self._death_cause(rank, process.pid)))
         return None
+
+    def _death_cause(self, rank: int, pid: int) -> DeathCause:
+        known = self.explain_death(rank, pid) if self.explain_death is not None else None
+        if known is not None:
+            return known
+        text = (
+            f"process {pid} on {socket.gethostname()} ended without a Python error: killed by a signal "
+            "(kill -9, the scheduler), out of memory (see dmesg), or crashed in native code"
+        )
+        return DeathCause(1, text)
 
     def _meet_neighbours(self) -> None:
         """Remembers the ranks that have arrived on this node since the last look."""
@@ -181,13 +247,14 @@ class Guard:
         while time.monotonic() < deadline and not self._store.check(["first"]):
             time.sleep(0.05)
 
-    def _wait_for(self, counter: str, *, timeout_s: float | None) -> None:
-        """Until all ranks have counted."""
+    def _wait_for(self, counter: str, *, timeout_s: float | None, count: int | None = None) -> None:
+        """Until all ranks have counted, or ``count`` of them."""
+        enough = self._world_size if count is None else count
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while self._store.add(counter, 0) < self._world_size and (deadline is None or time.monotonic() < deadline):
+        while self._store.add(counter, 0) < enough and (deadline is None or time.monotonic() < deadline):
             time.sleep(0.02)
 
-    def _end(self, first: Failure) -> NoReturn:
+    def _end(self, first: Failure, *, store_answers: bool = True) -> NoReturn:
         """Says who was first and ends the process, whatever its main thread is waiting for."""
         self._ending.acquire()  # the other thread is on its way here, or has the better reason; it ends us both
         last_resort = threading.Timer(_LAST_WORDS_S, os._exit, [first.exit_code])
@@ -196,17 +263,25 @@ class Guard:
         whole = self._rank in (first.rank, 0)
         text = first.text.rstrip() if whole else first.text.strip().splitlines()[-1]
         logger.critical("rank %d failed first: %s%s", first.rank, "\n" if whole else "", text)
-        with contextlib.suppress(RuntimeError):
-            self._store.add("seen", 1)
-            if self._rank == 0:
-                self._wait_for("seen", timeout_s=_ACKNOWLEDGE_S)
-        for child in multiprocessing.active_children():
-            child.terminate()
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Not sys.exit: the main thread may be in a collective that never returns, or in the teardown of one.
-        os._exit(first.exit_code)
+        for rank in first.silent:
+            self._kill_neighbour(rank)
+        if store_answers:
+            with contextlib.suppress(RuntimeError):
+                readers = self._world_size - len(first.silent)
+                answer_within(_ACKNOWLEDGE_S + _ANSWER_S, lambda: self._acknowledge(readers))
+        self.leave(first.exit_code)
+
+    def _acknowledge(self, readers: int) -> None:
+        self._store.add("seen", 1)
+        if self._rank == 0:  # its process may host the store
+            self._wait_for("seen", count=readers, timeout_s=_ACKNOWLEDGE_S)
+
+    def _kill_neighbour(self, rank: int) -> None:
+        process = self._neighbours.get(rank)
+        if rank != self._rank and process is not None and _process(process.pid) == process:
+            logger.critical("Killing rank %d, process %d, which hangs.", rank, process.pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
 
 
 def _decode(record: bytes) -> Failure:

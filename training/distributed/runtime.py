@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from training.config import EngineConfig
+from training.config import EngineConfig, ResilienceConfig
 from training.distributed.failure import Guard
+from training.distributed.flight_recorder import enable_recording
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 """How long the first process waits for the last one to start: nodes of one job boot and import at different speeds."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a collective waits. NCCL's own 10 minutes are too short while one rank writes a checkpoint or compiles."""
+_AFTER_THE_WATCHDOG = timedelta(minutes=2)
+"""A collective that times out knows its own rank only; the watchdog compares all of them, so it comes first."""
 
 _RANK_VARIABLES = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 _LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
@@ -77,6 +80,7 @@ def start_runtime(config: EngineConfig, *, collective_timeout: timedelta = COLLE
     if place.world_size == 1:
         return Runtime(*place, device=_choose_device(config, place))
     store = _meet(config.dist_url, place)
+    enable_recording()
     # Guarded from here on: a rank that cannot get its device ends all others instead of letting them wait.
     with Guard(store, rank=place.rank, world_size=place.world_size):
         device = _choose_device(config, place)
@@ -90,6 +94,12 @@ def start_runtime(config: EngineConfig, *, collective_timeout: timedelta = COLLE
             device_id=device if device.type == "cuda" else None,
         )
     return Runtime(*place, device=device, store=store)
+
+
+def collective_timeout(config: ResilienceConfig) -> timedelta:
+    """How long a collective waits where a watchdog ends what hangs: longer than the watchdog ever does."""
+    longest = timedelta(seconds=max(config.timeout_start, config.timeout_step, config.timeout_evaluation))
+    return max(COLLECTIVE_TIMEOUT, longest + _AFTER_THE_WATCHDOG)
 
 
 def close_runtime(runtime: Runtime) -> None:

@@ -1,0 +1,73 @@
+"""Where the ranks say, when one of them sees no progress, what each of them is doing: small notes in the store.
+
+It has a connection of its own and never waits long: in a hang the process that hosts the store may be the one that
+is stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from torch.distributed.distributed_c10d import PrefixStore
+
+from training.distributed.runtime import Runtime
+from training.distributed.store_calls import answer_within
+
+_ANSWER_S = 3.0
+
+
+class HangBoard:
+    """The notes of one job; for a single process, what it posts itself. Made by all ranks, used by each for itself.
+
+    Every method raises RuntimeError where the store does not answer.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._rank = runtime.rank
+        self._world_size = runtime.world_size
+        self._own: dict[int, str] = {}
+        self._store = None if runtime.store is None else PrefixStore("hang", runtime.store.clone())
+
+    def asked(self) -> bool:
+        """Whether any rank has posted."""
+        store = self._store
+        return store is not None and answer_within(_ANSWER_S, lambda: store.check(["seats"]))
+
+    def post(self, note: str) -> int:
+        """Publishes this rank's note; returns its place among all notes, 1 for the first."""
+        self._own[self._rank] = note
+        store = self._store
+        if store is None:
+            return 1
+        # The note first: a seat that is taken has one.
+        answer_within(_ANSWER_S, lambda: store.set(f"note/{self._rank}", note))
+        return answer_within(_ANSWER_S, lambda: store.add("seats", 1))
+
+    def notes(self) -> dict[int, str]:
+        """What has been posted so far, by rank."""
+        store = self._store
+        if store is None:
+            return dict(self._own)
+        return answer_within(_ANSWER_S, lambda: self._read(store))
+
+    def left(self) -> set[int]:
+        """Ranks that are watched no more."""
+        store = self._store
+        if store is None:
+            return set()
+        ranks = range(self._world_size)
+        return answer_within(_ANSWER_S, lambda: {rank for rank in ranks if store.check([f"left/{rank}"])})
+
+    def leave(self) -> None:
+        """This rank is watched no more: from now on its silence says nothing."""
+        store = self._store
+        if store is not None:
+            with contextlib.suppress(RuntimeError):  # the job is ending by other means
+                answer_within(_ANSWER_S, lambda: store.set(f"left/{self._rank}", "1"))
+
+    def _read(self, store: PrefixStore) -> dict[int, str]:
+        if store.add("seats", 0) < self._world_size:
+            ranks = [rank for rank in range(self._world_size) if store.check([f"note/{rank}"])]
+        else:
+            ranks = list(range(self._world_size))
+        return {rank: store.get(f"note/{rank}").decode() for rank in ranks}
