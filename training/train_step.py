@@ -2,7 +2,7 @@
 
 One micro-batch:
 
-    images, texts -> model -> features -> loss over the global batch -> gradients -> clip -> update
+    images, texts -> model -> features -> loss over the global batch -> gradients -> verdict -> clip -> update
 
 Several (--accum-freq k). The contrastive loss compares every image with every text, so the losses of k small batches
 are not the loss of the big one. The chain rule is cut at the features instead (GradCache, Gao et al. 2021,
@@ -20,28 +20,27 @@ Legend: B rank batch, E embedding, k micro-batches, R = k * B rows of this rank 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.clip import ClipOutput
 from training.data.batch import DeviceBatch
 from training.distributed.parallelize import unwrap
 from training.losses import Loss
 from training.losses.by_group import losses_by_group
+from training.optim.update import Update, running_statistics_kept
 from training.precision import Precision
-
-MAX_LOG_LOGIT_SCALE = math.log(100)
-"""The temperature may sharpen logits at most 100 times (Radford et al. 2021, section 2.5)."""
+from training.resilience.guard import StepGuard
 
 
 class StepMetrics(NamedTuple):
-    """What one step measured: 0-D tensors on the device, of this rank. Reading them waits for the device."""
+    """What one step measured: tensors on the device, 0-D and of this rank if nothing else is said.
+
+    Reading them waits for the device.
+    """
 
     loss: Tensor
     """This rank's share of the global loss: average it over ranks. For the batch before the update."""
@@ -53,6 +52,8 @@ class StepMetrics(NamedTuple):
     source_losses: Tensor | None = None
     """[S, 2]: sum of the rows' losses, and number of rows, by source of data. Each row against this rank's rows of the
     first micro-batch only: good to compare sources with each other, not with ``loss``."""
+    vitals: Tensor | None = None
+    """[len(VITALS)], equal on all ranks: what the guard knows about the step; None without a guard."""
 
 
 class TrainStep:
@@ -68,6 +69,7 @@ class TrainStep:
         scaler: torch.amp.GradScaler | None = None,
         grad_clip_norm: float | None = None,
         num_sources: int = 1,
+        guard: StepGuard | None = None,
     ) -> None:
         """
         Args:
@@ -75,15 +77,17 @@ class TrainStep:
             scaler: what ``precision.grad_scaler()`` returned; a disabled one stands in for None.
             grad_clip_norm: gradients are scaled down to this L2 norm if they exceed it.
             num_sources: of the data; with several the loss is also measured by source.
+            guard: keeps bad steps from changing anything; None lets every step through.
         """
         self.model = model
         self.loss = loss
         self.optimizer = optimizer
         self.precision = precision
         self.scaler = scaler or torch.amp.GradScaler(precision.device_type, enabled=False)
-        self.grad_clip_norm = grad_clip_norm
         self.num_sources = num_sources
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._update = Update(
+            unwrap(model), optimizer=optimizer, scaler=self.scaler, grad_clip_norm=grad_clip_norm, guard=guard
+        )
         self._needs_first_exchange = unwrap(model) is not model
 
     def __call__(self, micro_batches: Sequence[DeviceBatch], *, lr: float) -> StepMetrics:
@@ -97,18 +101,20 @@ class TrainStep:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         # None instead of zeros: the first backward pass then writes gradients instead of adding to them.
         self.optimizer.zero_grad(set_to_none=True)
+        self._update.prepare()
         if len(micro_batches) == 1:
-            loss, output = self._backward(micro_batches[0])
+            loss, outputs = self._backward(micro_batches[0])
         else:
-            loss, output = self._backward_accumulated(micro_batches)
-        grad_norm = self._update()
-        bias = output.logit_bias
+            loss, outputs = self._backward_accumulated(micro_batches)
+        result = self._update(loss=loss, features=_sum_of_features(outputs))
+        first = outputs[0]
         return StepMetrics(
             loss,
-            output.logit_scale.detach(),
-            grad_norm,
-            None if bias is None else bias.detach(),
-            self._source_losses(output, micro_batches),
+            first.logit_scale.detach(),
+            result.grad_norm,
+            None if first.logit_bias is None else first.logit_bias.detach(),
+            self._source_losses(first, micro_batches),
+            result.vitals,
         )
 
     def _source_losses(self, output: ClipOutput, micro_batches: Sequence[DeviceBatch]) -> Tensor | None:
@@ -119,14 +125,14 @@ class TrainStep:
             output.image_features, output.text_features, output.logit_scale, sources, num_groups=self.num_sources
         )
 
-    def _backward(self, batch: DeviceBatch) -> tuple[Tensor, ClipOutput]:
+    def _backward(self, batch: DeviceBatch) -> tuple[Tensor, list[ClipOutput]]:
         """Gradients of one micro-batch. DDP sums them over ranks while the backward pass still runs."""
         output = self._forward(self.model, batch)
         loss = self.loss(*output)  # outside of autocast: logits and loss in fp32
         self.scaler.scale(loss).backward()
-        return loss.detach(), output
+        return loss.detach(), [output]
 
-    def _backward_accumulated(self, micro_batches: Sequence[DeviceBatch]) -> tuple[Tensor, ClipOutput]:
+    def _backward_accumulated(self, micro_batches: Sequence[DeviceBatch]) -> tuple[Tensor, list[ClipOutput]]:
         """The same gradients from k micro-batches, with the activations of one of them in memory at a time."""
         self._exchange_once(micro_batches[0])
 
@@ -146,7 +152,7 @@ class TrainStep:
             state.restore()  # the same dropout masks as in 1, or these would be other features than the loss saw
             model = self.model if index == last else unwrap(self.model)
             _backward_from(self._forward(model, batch), gradients)
-        return loss.detach(), outputs[0]
+        return loss.detach(), outputs
 
     def _exchange_once(self, batch: DeviceBatch) -> None:
         """In a process's first step: a backward pass of DDP that changes nothing.
@@ -159,7 +165,7 @@ class TrainStep:
             return
         self._needs_first_exchange = False
         state = RandomState.capture(batch.images.device)
-        with _running_statistics_kept(unwrap(self.model)):
+        with running_statistics_kept(unwrap(self.model)):
             output = self._forward(self.model, batch)
             differentiable = [tensor for tensor in output if tensor is not None and tensor.requires_grad]
             torch.autograd.backward(differentiable, [torch.zeros_like(tensor) for tensor in differentiable])
@@ -173,7 +179,7 @@ class TrainStep:
         model = unwrap(self.model)
         outputs, random_states = [], []
         # Phase 3 sees the same batches again: running statistics of BatchNorm must count them once.
-        with torch.no_grad(), _running_statistics_kept(model):
+        with torch.no_grad(), running_statistics_kept(model):
             for batch in micro_batches:
                 random_states.append(RandomState.capture(batch.images.device))
                 outputs.append(self._forward(model, batch))
@@ -184,21 +190,6 @@ class TrainStep:
         # gradient, reused with gradient, would cut the weight off from the graph.
         with self.precision.autocast():
             return cast(ClipOutput, model(batch.images, batch.texts))
-
-    def _update(self) -> Tensor:
-        """Clips, steps and clamps; returns the norm of the gradients before clipping."""
-        self.scaler.unscale_(self.optimizer)  # clipping and the norm are about true gradients
-        if self.grad_clip_norm is not None:
-            grad_norm = nn.utils.clip_grad_norm_(self._parameters, self.grad_clip_norm)
-        else:
-            # Reads each gradient once: well below one per cent of a step, and the first thing to look at in a bad run.
-            gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-            grad_norm = nn.utils.get_total_norm(gradients)
-        self.scaler.step(self.optimizer)  # leaves the weights alone if a scaled gradient overflowed
-        self.scaler.update()
-        with torch.no_grad():
-            cast(Tensor, unwrap(self.model).logit_scale).clamp_(0, MAX_LOG_LOGIT_SCALE)
-        return grad_norm
 
 
 class _Gradients(NamedTuple):
@@ -213,6 +204,12 @@ class _Gradients(NamedTuple):
 class _Scalars(NamedTuple):
     logit_scale: Tensor | None
     logit_bias: Tensor | None
+
+
+def _sum_of_features(outputs: Sequence[ClipOutput]) -> Tensor:
+    """Over all micro-batches of this rank, 0-D: not finite if any feature is not."""
+    features = [tensor for output in outputs for tensor in (output.image_features, output.text_features)]
+    return torch.stack([tensor.detach().sum(dtype=torch.float32) for tensor in features]).sum()
 
 
 def _join(outputs: Sequence[ClipOutput]) -> ClipOutput:
@@ -271,16 +268,3 @@ class RandomState(NamedTuple):
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
-
-
-@contextmanager
-def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Whatever happens inside, BatchNorm's running mean, variance and count are as before afterwards."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    kept = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
-    try:
-        yield
-    finally:
-        for norm, buffers in zip(norms, kept, strict=True):
-            for buffer, before in zip(norm.buffers(), buffers, strict=True):
-                buffer.copy_(before)

@@ -1,0 +1,147 @@
+"""Applies the gradients of one step: to everything, or to nothing if the step was bad.
+
+    gradients -> unscale -> norm -> verdict of the guard -> clip -> optimizer -> clamp of the temperature
+
+A bad step leaves weights, moments, the optimizer's step counter and BatchNorm's running statistics as they were, which
+is what a run without that batch would have. The host does not learn of it here: the decision stays on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from training.resilience.guard import StepGuard, StepVerdict
+
+MAX_LOG_LOGIT_SCALE = math.log(100)
+"""The temperature may sharpen logits at most 100 times (Radford et al. 2021, section 2.5)."""
+
+
+class UpdateResult(NamedTuple):
+    """0-D grad_norm and 1-D vitals, on the device."""
+
+    grad_norm: Tensor
+    """L2 norm of all gradients before clipping."""
+    vitals: Tensor | None
+    """What the guard measured; None without a guard."""
+
+
+class Update:
+    """Callable that turns gradients into new weights. With a guard all ranks must call it together."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        grad_clip_norm: float | None,
+        guard: StepGuard | None,
+    ) -> None:
+        """
+        Args:
+            model: the plain one.
+        """
+        self._optimizer = optimizer
+        self._scaler = scaler
+        self._grad_clip_norm = grad_clip_norm
+        self._guard = guard
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._logit_scale = cast(Tensor, model.logit_scale)
+        self._statistics = RunningStatistics(model)
+
+    def prepare(self) -> None:
+        """Remembers what the forward pass changes by itself. Call it before."""
+        if self._guard is not None and self._guard.acts:
+            self._statistics.save()
+
+    def __call__(self, *, loss: Tensor, features: Tensor) -> UpdateResult:
+        """Updates the weights once.
+
+        Args:
+            loss: of this rank, 0-D.
+            features: sum of the features that this rank computed, 0-D.
+        """
+        self._scaler.unscale_(self._optimizer)  # clipping and the norm are about true gradients
+        # Reads each gradient once: well below one per cent of a step, and the first thing to look at in a bad run.
+        grad_norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        vitals, verdict = None, None
+        if self._guard is not None:
+            verdict = self._guard.judge(  # collective: all ranks
+                loss, grad_norm, features=features, overflow_is_normal=self._scaler.is_enabled()
+            )
+            vitals = verdict.vitals
+        if self._grad_clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, self._grad_clip_norm, grad_norm)
+        if self._guard is None or not self._guard.acts or verdict is None:
+            self._scaler.step(self._optimizer)  # leaves the weights alone if a scaled gradient overflowed
+        else:
+            self._step(verdict)
+        self._scaler.update()
+        with torch.no_grad():
+            self._logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)
+        return UpdateResult(grad_norm, vitals)
+
+    def _step(self, verdict: StepVerdict) -> None:
+        self._statistics.restore_where(verdict.found_inf)
+        if self._scaler.is_enabled():
+            # What this rank saw is not enough: with another scale than the others it would average other gradients.
+            for found in self._scaler._found_inf_per_device(self._optimizer).values():
+                found.copy_(verdict.gradient_overflow)
+        if not skips_on_device(self._optimizer):
+            if (
+                not verdict.found_inf.item()
+            ):  # host sync: these optimizers can be kept from stepping only by not calling
+                self._optimizer.step()
+            return
+        optimizer = cast(Any, self._optimizer)
+        optimizer.found_inf, optimizer.grad_scale = verdict.found_inf, None
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf, optimizer.grad_scale
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``step`` obeys ``optimizer.found_inf``, a tensor, without reading it: fused ones, and StableAdamW."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+class RunningStatistics:
+    """BatchNorm's running mean, variance and count: what a forward pass changes without being asked."""
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+        self._buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        self._saved: list[Tensor] = []
+
+    def save(self) -> None:
+        """Remembers them."""
+        self._saved = [buffer.clone() for buffer in self._buffers]
+
+    def restore(self) -> None:
+        """Puts back what was saved."""
+        for buffer, before in zip(self._buffers, self._saved, strict=True):
+            buffer.copy_(before)
+
+    def restore_where(self, flag: Tensor) -> None:
+        """The same if the 0-D ``flag`` is 1, without the host's knowing."""
+        for buffer, before in zip(self._buffers, self._saved, strict=True):
+            buffer.copy_(torch.where(flag.bool(), before, buffer))
+
+
+@contextmanager
+def running_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, BatchNorm's statistics are as before afterwards."""
+    statistics = RunningStatistics(model)
+    statistics.save()
+    try:
+        yield
+    finally:
+        statistics.restore()
