@@ -23,7 +23,7 @@ from models.tokenizer import build_tokenizer
 from models.weights import load_weights
 from training.checkpoint.checkpointer import Checkpointer
 from training.checkpoint.manifest import DamagedCheckpoint
-from training.checkpoint.run_state import RunParts, read_weights, restore
+from training.checkpoint.run_state import RunParts, names_a_run, read_weights, restore
 from training.checkpoint.saver import Saver
 from training.cli import Parsed, config_values, parse_or_exit
 from training.config import Config, ModelConfig
@@ -202,9 +202,7 @@ def _build_training(
         meter=DataMeter(
             loader,
             rank=runtime.rank,
-            budget=BadSampleBudget(
-                config.data.max_bad_samples, slots=min(FEWEST_SLOTS, loader.source.slots_per_epoch)
-            ),
+            budget=BadSampleBudget(config.data.max_bad_samples, slots=min(FEWEST_SLOTS, loader.source.slots_per_epoch)),
             sum_over_ranks=all_reduce_sum,
             gather=gather_objects,
         ),
@@ -308,7 +306,7 @@ def _resume(run: Run, parts: RunParts, *, plan: TrainPlan) -> None:
     """Restores what ``--resume`` names. Collective: all ranks."""
     if run.config.checkpoint.resume is None:
         return
-    path = agreed_resume_path(run)
+    path = agreed_resume_path(run, verified=False)
     if path is None:
         logger.info("Run %s has no checkpoint yet: starting from the beginning.", run.name)
         return
@@ -318,6 +316,7 @@ def _resume(run: Run, parts: RunParts, *, plan: TrainPlan) -> None:
         runtime=run.runtime,
         steps_per_epoch=plan.steps_per_epoch,
         samples_per_step=plan.samples_per_step,
+        fall_back=names_a_run(run.config.checkpoint.resume),
     )
 
 

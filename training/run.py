@@ -65,18 +65,24 @@ def open_run(parsed: Parsed, runtime: Runtime) -> Run:
     return Run(config, runtime, name, paths, progress)
 
 
-def agreed_resume_path(run: Run) -> str | None:
+def agreed_resume_path(run: Run, *, verified: bool = True) -> str | None:
     """What ``--resume`` stands for; None if nothing is saved yet. Collective: all ranks.
 
     Rank 0 looks and all ranks take what it found: they may see a busy file system differently.
 
+    Args:
+        verified: not needed for a path that ``restore`` verifies while it reads.
+
     Raises:
         ValueError: no such checkpoint. DamagedCheckpoint: there are checkpoints, and none is whole.
     """
-    resume = run.config.checkpoint.resume
+    resume, zero = run.config.checkpoint.resume, run.config.checkpoint.allow_restart_from_zero
     assert resume is not None
     checkpoints = run.paths.checkpoints if run.paths else None
-    return on_first_rank(lambda: find_resume_path(resume, checkpoints=checkpoints), rank=run.runtime.rank)
+    return on_first_rank(
+        lambda: find_resume_path(resume, checkpoints=checkpoints, verified=verified, allow_restart_from_zero=zero),
+        rank=run.runtime.rank,
+    )
 
 
 def build_reporter(run: Run, plan: TrainPlan | None, *, loader_samples: int, first_step: int) -> Reporter | None:

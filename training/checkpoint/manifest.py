@@ -5,62 +5,147 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from training.resilience.exit_codes import DO_NOT_REQUEUE
 
 MANIFEST_NAME = "MANIFEST.json"
+FORMAT = 2
+_READABLE_FORMATS = (1, 2)
 _CHUNK_BYTES = 1 << 20
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class DamagedCheckpoint(RuntimeError):
     """A checkpoint directory that is not what was written; the message says which file differs, and how."""
 
+    exit_code = DO_NOT_REQUEUE
+    """What a job ends with that has no other checkpoint: starting again would find the same files."""
 
-def write_manifest(directory: Path, *, step: int) -> None:
-    """Writes MANIFEST.json over all files of ``directory`` and flushes everything to disk."""
-    files = {path.name: _describe(path) for path in sorted(directory.iterdir())}
-    for name in files:
-        _fsync(directory / name)
+
+class FileFacts(NamedTuple):
+    """What is known of a file that was written."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(NamedTuple):
+    """The content of MANIFEST.json."""
+
+    step: int
+    files: Mapping[str, FileFacts]
+    generation: int
+    """The start of the run that wrote it (see the lease); 0 in format 1."""
+    world_size: int
+    """Ranks of the job that wrote it; 0 in format 1, which does not say."""
+    sha256: str
+    """Of MANIFEST.json itself: two checkpoints with the same are the same."""
+
+
+def write_manifest(
+    directory: Path, files: Mapping[str, FileFacts], *, step: int, generation: int = 0, world_size: int = 1
+) -> None:
+    """Writes MANIFEST.json over files that are on disk already, and flushes it and the directory."""
+    content = {
+        "format": FORMAT,
+        "step": step,
+        "generation": generation,
+        "world_size": world_size,
+        "files": {name: files[name]._asdict() for name in sorted(files)},
+    }
     manifest = directory / MANIFEST_NAME
-    manifest.write_text(json.dumps({"format": 1, "step": step, "files": files}, indent=1) + "\n")
-    _fsync(manifest)
-    _fsync(directory)
+    manifest.write_text(json.dumps(content, indent=1) + "\n")
+    fsync(manifest)
+    fsync(directory)
 
 
-def verify(directory: Path) -> None:
-    """Returns if every file is exactly as written.
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint, without a look at the files.
+
+    Raises:
+        DamagedCheckpoint: there is none, or it is not one.
+    """
+    try:
+        data = (directory / MANIFEST_NAME).read_bytes()
+        return _parse(json.loads(data), sha256=hashlib.sha256(data).hexdigest())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{directory} has no readable {MANIFEST_NAME} ({error!r})") from None
+
+
+def verify(directory: Path) -> Manifest:
+    """Reads every byte; returns the manifest if every file is exactly as written.
 
     Raises:
         DamagedCheckpoint: no manifest, or a file that is missing, of another size or of another content.
     """
+    manifest = read_manifest(directory)
+    for name, expected in manifest.files.items():
+        check_size(directory / name, expected)
+        check_content(directory / name, expected=expected, found=describe(directory / name))
+    return manifest
+
+
+def check_size(path: Path, expected: FileFacts) -> None:
+    """The part of verifying that reads nothing.
+
+    Raises:
+        DamagedCheckpoint: the file is missing or of another size.
+    """
     try:
-        files = json.loads((directory / MANIFEST_NAME).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DamagedCheckpoint(f"{directory} has no readable {MANIFEST_NAME} ({error})") from None
-    for name, expected in files.items():
-        path = directory / name
-        if not path.is_file():
-            raise DamagedCheckpoint(f"{path} is missing")
-        found = _describe(path)
-        if found != expected:
-            raise DamagedCheckpoint(f"{path} was written as {expected} and now reads as {found}")
+        size = path.stat().st_size
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} is missing ({error.strerror})") from None
+    if size != expected.size:
+        raise DamagedCheckpoint(f"{path} was written with {expected.size} bytes and now has {size}")
 
 
-def fsync_directory(directory: Path) -> None:
-    """Makes renames within ``directory`` durable."""
-    _fsync(directory)
+def check_content(path: Path, *, expected: FileFacts, found: FileFacts) -> None:
+    """Raises DamagedCheckpoint if what was read differs from what was written."""
+    if found != expected:
+        raise DamagedCheckpoint(f"{path} was written as {_show(expected)} and now reads as {_show(found)}")
 
 
-def _describe(path: Path) -> dict[str, int | str]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+def describe(path: Path) -> FileFacts:
+    """Size and sha256 of a file.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read.
+    """
+    digest, size = hashlib.sha256(), 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                size += len(chunk)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from None
+    return FileFacts(size, digest.hexdigest())
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Makes a file's content, or a directory's names, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _parse(content: Any, *, sha256: str) -> Manifest:
+    if content["format"] not in _READABLE_FORMATS:
+        raise ValueError(f"format {content['format']}: this version reads {_READABLE_FORMATS}")
+    files = {name: FileFacts(int(entry["size"]), str(entry["sha256"])) for name, entry in content["files"].items()}
+    for name in files:
+        if not _PLAIN_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is not a file beside the manifest")
+    return Manifest(
+        int(content["step"]), files, int(content.get("generation", 0)), int(content.get("world_size", 0)), sha256
+    )
+
+
+def _show(facts: FileFacts) -> str:
+    return f"{facts.size} bytes with sha256 {facts.sha256[:16]}..."

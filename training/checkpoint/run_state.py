@@ -3,28 +3,53 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from models.clip import Clip
 from models.weights import load_weights
-from training.checkpoint.checkpointer import Checkpointer, StepCheckpoint, read_step_checkpoint
+from training.checkpoint.checkpointer import (
+    Checkpointer,
+    Share,
+    check_usable,
+    none_is_whole,
+    read_step_checkpoint,
+    train_json,
+)
 from training.checkpoint.export import newest_epoch_file, read_epoch_file
-from training.checkpoint.optimizer_state import pack_optimizer, unpack_optimizer
+from training.checkpoint.manifest import DamagedCheckpoint, verify
+from training.checkpoint.optimizer_state import (
+    check_optimizer_names,
+    pack_groups,
+    pack_optimizer,
+    unpack_optimizer,
+)
+from training.checkpoint.parts import choose_writers, part_name, spread
+from training.checkpoint.staging import Staging
+from training.checkpoint.step_loading import StepPlan, TensorStream, agree_on_plan, check_equal
+from training.checkpoint.tags import rewind_order
 from training.data.lanes import mix
 from training.data.loader import TrainLoader
 from training.data.position import read_position
-from training.distributed.collectives import gather_objects
+from training.distributed.collectives import broadcast_object, gather_objects
 from training.distributed.runtime import Runtime
 from training.state import TrainState
 
 logger = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+    """Something whose state fits into JSON."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -36,68 +61,104 @@ class RunParts:
     scaler: torch.amp.GradScaler | None
     loader: TrainLoader
     state: TrainState
+    guard: Stateful | None = None
+    escalation: Stateful | None = None
 
 
-def capture(parts: RunParts, *, runtime: Runtime, epoch: int, config: Mapping[str, Any]) -> StepCheckpoint | None:
-    """The whole state after the current step: on rank 0; None elsewhere. Collective: all ranks."""
+class Captured(NamedTuple):
+    """What this rank writes of a checkpoint, and which ranks write."""
+
+    share: Share
+    writers: Sequence[int]
+
+
+def capture(parts: RunParts, *, runtime: Runtime, epoch: int, config: Mapping[str, Any], staging: Staging) -> Captured:
+    """Copies this rank's share of the state after the current step to host memory. Collective: all ranks.
+
+    All ranks hold the same weights and the same optimizer state, so each writer takes some of the tensors.
+    """
     positions = gather_objects(parts.loader.position())  # collective: all ranks
     rng = gather_objects(_rng_state(runtime.device))  # collective: all ranks
-    if not runtime.is_main:
-        return None
+    weights = parts.model.state_dict()
     optimizer_tensors, optimizer_scalars = pack_optimizer(parts.optimizer, parts.model)
+    by_kind: dict[str, dict[str, Tensor]] = {"model": weights, "optimizer": optimizer_tensors}
+    num_bytes = sum(tensor.nbytes for tensors in by_kind.values() for tensor in tensors.values())
+    writers = choose_writers(num_bytes, world_size=runtime.world_size)
+    if runtime.rank not in writers:
+        return Captured(Share({}, {}), writers)
+    files = _stage(by_kind, place=writers.index(runtime.rank), count=len(writers), staging=staging)
+    if not runtime.is_main:
+        return Captured(Share(files, {}), writers)
     stream = parts.loader.merge(positions)
-    return StepCheckpoint(
-        model={name: tensor.detach().cpu().contiguous() for name, tensor in parts.model.state_dict().items()},
-        optimizer=optimizer_tensors,
-        rng={f"{rank}//{key}": value for rank, states in enumerate(rng) for key, value in states.items()},
-        data=stream.tensors(),
-        train={
-            "step": parts.state.step,
-            "epoch": epoch,
-            "samples_seen": parts.state.samples_seen,
-            "world_size": runtime.world_size,
-            "optimizer": optimizer_scalars,
-            "scaler": parts.scaler.state_dict() if parts.scaler else None,
-            "data": stream.facts(),
-            "config": config,
-            "versions": {name: version(name) for name in ("torch", "timm", "open_clip_torch")},
-        },
-    )
-
-
-def epoch_file_content(parts: RunParts, *, epoch: int, name: str) -> dict[str, Any]:
-    """What ``epoch_N.pt`` holds: OpenCLIP's keys. On rank 0."""
-    content: dict[str, Any] = {
-        "epoch": epoch,
-        "name": name,
-        "state_dict": parts.model.state_dict(),
-        "optimizer": parts.optimizer.state_dict(),
-        "global_step": parts.state.step,
-        "samples_seen": parts.state.samples_seen,
+    files["rng.safetensors"] = {
+        f"{rank}//{key}": value for rank, states in enumerate(rng) for key, value in states.items()
     }
-    if parts.scaler is not None:
-        content["scaler"] = parts.scaler.state_dict()
-    return content
+    files["data.safetensors"] = stream.tensors()
+    train = {
+        "step": parts.state.step,
+        "epoch": epoch,
+        "samples_seen": parts.state.samples_seen,
+        "world_size": runtime.world_size,
+        "optimizer": optimizer_scalars,
+        "param_groups": pack_groups(parts.optimizer, parts.model),
+        "weights": list(weights),
+        "scaler": parts.scaler.state_dict() if parts.scaler else None,
+        "guard": parts.guard.state_dict() if parts.guard else None,
+        "escalation": parts.escalation.state_dict() if parts.escalation else None,
+        "data": stream.facts(),
+        "config": config,
+        "versions": {name: version(name) for name in ("torch", "timm", "open_clip_torch")},
+    }
+    return Captured(Share(files, {"train.json": train_json(train)}), writers)
 
 
-def find_resume_path(resume: str, *, checkpoints: Path | None) -> str | None:
+def _stage(
+    by_kind: Mapping[str, Mapping[str, Tensor]], *, place: int, count: int, staging: Staging
+) -> dict[str, Mapping[str, Tensor]]:
+    """Copies of one writer's tensors, by file."""
+    mine = {
+        (part_name(kind, place, count), name): tensors[name]
+        for kind, tensors in by_kind.items()
+        for name in spread({name: tensor.nbytes for name, tensor in tensors.items()}, count)[place]
+    }
+    files: dict[str, dict[str, Tensor]] = {part_name(kind, place, count): {} for kind in by_kind}
+    for (file, name), copy in staging.copy(mine).items():
+        files[file][name] = copy
+    return dict(files)
+
+
+def find_resume_path(
+    resume: str, *, checkpoints: Path | None, verified: bool = True, allow_restart_from_zero: bool = False
+) -> str | None:
     """What ``--resume`` stands for; None if it is 'latest' and there is nothing yet. On rank 0.
 
     'latest' is the newest whole step checkpoint in ``checkpoints``, else the newest ``epoch_N.pt`` (a run that
     OpenCLIP began).
 
+    Args:
+        verified: read every byte; not needed where ``restore`` does so anyway and falls back.
+        allow_restart_from_zero: if no checkpoint can be used, put all of them aside and start from the beginning.
+
     Raises:
         ValueError: not a checkpoint. DamagedCheckpoint: there are step checkpoints, and none is whole.
     """
+    check = check_usable if allow_restart_from_zero else verify if verified else _take_as_it_is
     if resume == "latest":
         if checkpoints is None:
             raise ValueError("--resume latest with --logs none: there is no run directory to look in; pass a path.")
-        found = Checkpointer(checkpoints).newest() or newest_epoch_file(checkpoints)
+        try:
+            found = Checkpointer(checkpoints).newest(check=check) or newest_epoch_file(checkpoints)
+        except DamagedCheckpoint as damage:
+            if not allow_restart_from_zero:
+                raise
+            aside = Checkpointer(checkpoints).set_aside()
+            logger.warning("%s Starting from the beginning; they are kept as %s.", damage, ", ".join(map(str, aside)))
+            return None
         return None if found is None else str(found)
     if "://" in resume or resume.endswith(".pt"):
         return resume
     path = Path(resume)
-    nested = Checkpointer(path / "checkpoints").newest()
+    nested = Checkpointer(path / "checkpoints").newest(check=check)
     if nested is not None:
         return str(nested)
     if not (path / "train.json").is_file():
@@ -105,18 +166,152 @@ def find_resume_path(resume: str, *, checkpoints: Path | None) -> str | None:
     return resume
 
 
-def restore(path: str, parts: RunParts, *, runtime: Runtime, steps_per_epoch: int, samples_per_step: int) -> None:
+def _take_as_it_is(path: Path) -> None:
+    """For those who verify it later."""
+
+
+def names_a_run(resume: str) -> bool:
+    """Whether ``--resume`` leaves open which checkpoint: then a damaged one is passed over for the one before."""
+    return not ("://" in resume or resume.endswith(".pt") or (Path(resume) / "train.json").is_file())
+
+
+def restore(
+    path: str,
+    parts: RunParts,
+    *,
+    runtime: Runtime,
+    steps_per_epoch: int,
+    samples_per_step: int,
+    fall_back: bool = False,
+) -> None:
     """Loads a step checkpoint, or a ``.pt`` in OpenCLIP's layout (which starts at the beginning of an epoch).
+
+    Collective: all ranks, with rank 0's path. Every file is read by one rank.
+
+    Args:
+        fall_back: if the checkpoint is damaged, the others beside it are tried, newest first.
 
     Raises:
         ValueError: another architecture, other trained parameters, or another data stream.
-        DamagedCheckpoint: the directory is not what was written.
+        DamagedCheckpoint: the directory is not what was written, or its weights are not finite; on all ranks.
     """
     if path.endswith(".pt"):
         _restore_epoch_file(path, parts, steps_per_epoch=steps_per_epoch, samples_per_step=samples_per_step)
     else:
-        _restore_step(Path(path), parts, runtime=runtime)
+        others = Checkpointer(Path(path).parent).candidates() if fall_back and runtime.is_main else []
+        path = str(_load_first_whole(others or [Path(path)], parts, runtime=runtime, go_on=True))
     logger.info("Resumed from %s at step %d (%d samples seen).", path, parts.state.step, parts.state.samples_seen)
+
+
+def rewind(directory: Path, parts: RunParts, *, runtime: Runtime) -> None:
+    """Takes weights, optimizer, loss scaler and guard back to a checkpoint; data and counters go on.
+
+    Collective: all ranks.
+
+    Raises:
+        DamagedCheckpoint: the directory is not what was written; on all ranks. The weights are worthless then.
+    """
+    _load_first_whole([directory], parts, runtime=runtime, go_on=False)
+
+
+def rewind_before(onset: int, checkpointer: Checkpointer, parts: RunParts, *, runtime: Runtime) -> Path:
+    """Rewinds to the best checkpoint from before a step, as rank 0 sees the directory; returns which.
+
+    Collective: all ranks.
+
+    Raises:
+        DamagedCheckpoint: there is none that is whole; on all ranks.
+    """
+    steps = rewind_order(checkpointer.steps(), checkpointer.tags(), onset=onset) if runtime.is_main else []
+    return _load_first_whole([checkpointer.path(step) for step in steps], parts, runtime=runtime, go_on=False)
+
+
+def _load_first_whole(candidates: Sequence[Path], parts: RunParts, *, runtime: Runtime, go_on: bool) -> Path:
+    """Loads the first of rank 0's candidates that is whole: ranks may see a busy file system differently."""
+    damages: list[str] = []
+    candidates = broadcast_object(list(candidates))  # collective: all ranks
+    for path in candidates:
+        try:
+            plan = agree_on_plan(path, rank=runtime.rank)  # collective: all ranks
+            _load(plan, parts, runtime=runtime, go_on=go_on)  # collective: all ranks
+        except DamagedCheckpoint as damage:
+            if runtime.is_main:
+                logger.warning("A damaged checkpoint is passed over: %s.", damage)
+            damages.append(str(damage))
+        else:
+            return path
+    if not candidates:
+        raise DamagedCheckpoint("There is no checkpoint to go back to.")
+    raise none_is_whole(candidates[0].parent, damages)
+
+
+def _load(plan: StepPlan, parts: RunParts, *, runtime: Runtime, go_on: bool) -> None:
+    """Loads a checkpoint; with ``go_on`` also where the run stood. Collective: all ranks."""
+    _check_fit(plan, parts, runtime=runtime)
+    train = plan.train
+    stream = TensorStream(runtime)
+    weights = parts.model.state_dict()
+    parts.optimizer.state.clear()  # what is read now takes its place in memory
+    with torch.no_grad():
+        for name, tensor in stream.read(plan.files["model"], finite=True):
+            weights[name].copy_(tensor)
+    # Step counts and the like: where an optimizer wants them on the device, it moves them.
+    optimizer = {
+        name: tensor.cpu() if tensor.ndim == 0 else tensor for name, tensor in stream.read(plan.files["optimizer"])
+    }
+    data = dict(stream.read(plan.files["data"])) if go_on else {}
+    rng = dict(stream.read(plan.files["rng"])) if go_on else {}
+    stream.agree()
+    unpack_optimizer(parts.optimizer, parts.model, optimizer, train["optimizer"])
+    if parts.scaler is not None and train["scaler"] is not None:
+        parts.scaler.load_state_dict(train["scaler"])
+    _load_stateful(parts.guard, train.get("guard"))
+    check_equal(plan, weights)
+    if go_on:
+        _load_stateful(parts.escalation, train.get("escalation"))
+        position = {name: tensor.cpu() for name, tensor in data.items()}
+        parts.loader.load_position(read_position(position, train["data"]))
+        _restore_rng(rng, step=int(train["step"]), saved_world_size=train["world_size"], runtime=runtime)
+        parts.state.step = int(train["step"])
+        parts.state.samples_seen = int(train["samples_seen"])
+
+
+def _check_fit(plan: StepPlan, parts: RunParts, *, runtime: Runtime) -> None:
+    """Before anything is overwritten: the checkpoint's tensors are this model's and this optimizer's.
+
+    Raises:
+        ValueError: they are not. DamagedCheckpoint: because the file that names them is damaged.
+    """
+    try:
+        _check_shapes(plan.names("model"), parts.model)
+        check_optimizer_names(parts.optimizer, parts.model, [*plan.names("optimizer"), *plan.train["optimizer"]])
+    except ValueError:
+        fault = ""
+        if runtime.is_main:
+            try:
+                verify(plan.directory)
+            except DamagedCheckpoint as damage:
+                fault = str(damage)
+        if fault := broadcast_object(fault):  # collective: all ranks, since all came to the same conclusion
+            raise DamagedCheckpoint(fault) from None
+        raise
+
+
+def _check_shapes(saved: Mapping[str, tuple[int, ...]], model: Clip) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    differing = [name for name in {**expected, **saved} if expected.get(name) != saved.get(name)]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"the weights do not fit model '{model.config.name}': {len(differing)} of {len(expected)} tensors differ "
+            f"(first: {name}, saved {saved.get(name, 'not at all')}, now {expected.get(name, 'not at all')}); pass the "
+            "--model that the checkpoint was trained with (and its --force-* flags)"
+        )
+
+
+def _load_stateful(part: Stateful | None, state: dict[str, Any] | None) -> None:
+    if part is not None and state is not None:
+        part.load_state_dict(state)
 
 
 def read_weights(path: str) -> tuple[int, dict[str, Tensor]]:
@@ -126,22 +321,6 @@ def read_weights(path: str) -> tuple[int, dict[str, Tensor]]:
         return checkpoint.epoch, dict(checkpoint.state_dict)
     step = read_step_checkpoint(Path(path))
     return int(step.train["epoch"]), dict(step.model)
-
-
-def _restore_step(path: Path, parts: RunParts, *, runtime: Runtime) -> None:
-    checkpoint = read_step_checkpoint(path)
-    train = checkpoint.train
-    load_weights(parts.model, dict(checkpoint.model))
-    parts.loader.load_position(read_position(checkpoint.data, train["data"]))
-    unpack_optimizer(parts.optimizer, parts.model, checkpoint.optimizer, train["optimizer"])
-    if parts.scaler is not None and train["scaler"] is not None:
-        parts.scaler.load_state_dict(train["scaler"])
-    if train["world_size"] == runtime.world_size:
-        _set_rng_state(checkpoint.rng, rank=runtime.rank, device=runtime.device)
-    else:
-        _seed_rng(int(train["step"]), rank=runtime.rank)
-    parts.state.step = int(train["step"])
-    parts.state.samples_seen = int(train["samples_seen"])
 
 
 def _restore_epoch_file(path: str, parts: RunParts, *, steps_per_epoch: int, samples_per_step: int) -> None:
@@ -179,10 +358,13 @@ def _rng_state(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
-def _set_rng_state(states: Mapping[str, Tensor], *, rank: int, device: torch.device) -> None:
-    torch.set_rng_state(states[f"{rank}//cpu"])
-    if device.type == "cuda" and f"{rank}//cuda" in states:
-        torch.cuda.set_rng_state(states[f"{rank}//cuda"], device)
+def _restore_rng(states: Mapping[str, Tensor], *, step: int, saved_world_size: int, runtime: Runtime) -> None:
+    if saved_world_size != runtime.world_size:
+        _seed_rng(step, rank=runtime.rank)
+        return
+    torch.set_rng_state(states[f"{runtime.rank}//cpu"].cpu())
+    if runtime.device.type == "cuda" and f"{runtime.rank}//cuda" in states:
+        torch.cuda.set_rng_state(states[f"{runtime.rank}//cuda"].cpu(), runtime.device)
 
 
 def _seed_rng(step: int, *, rank: int) -> None:

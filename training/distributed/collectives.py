@@ -62,6 +62,13 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
     return _all_reduce(tensor, dist.ReduceOp.MAX)
 
 
+def broadcast_tensor(tensor: Tensor, source: int) -> Tensor:
+    """Fills a contiguous tensor of any type, in place, with what it holds on rank ``source``; returns it."""
+    if world_size() > 1 and tensor.numel() > 0:
+        dist.broadcast(tensor.detach().view(-1).view(torch.uint8), src=source)  # collective: all ranks
+    return tensor
+
+
 def broadcast_object(value: T) -> T:
     """Rank 0's value, on every rank. It is pickled: for decisions and names, not for tensors of a model."""
     if world_size() == 1:
