@@ -154,7 +154,7 @@ def test_timm_optimizers_are_built_as_open_clip_builds_them():
     ("config", "message"),
     [
         (OptimConfig(opt="adamw", lr=1e-3, eps=1e-6), "--opt adamw needs --beta1, --beta2: give a value"),
-        (OptimConfig(opt="adamx"), "--opt adamx: unknown; give one of adamw, nadamw, or timm/NAME"),
+        (OptimConfig(opt="adamx"), "--opt adamx: unknown; give one of adamw, stableadamw, nadamw, or timm/NAME"),
         (OptimConfig(opt="timm/lion", lr=1e-3, beta1=0.9), "--beta1 0.9 and --beta2 None: give both or neither"),
         (OptimConfig(opt="timm/no_such", lr=1e-3), r"--opt timm/no_such: .*list_optimizers"),
         (OptimConfig(opt="timm/lion", lr=1e-3, wd_exclude=("a",)), "--wd-exclude has no effect with --opt timm/lion"),

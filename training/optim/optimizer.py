@@ -1,4 +1,4 @@
-"""Builds the optimizer that --opt names: AdamW, NAdamW, or any of timm's as ``timm/NAME``."""
+"""Builds the optimizer that --opt names: AdamW, StableAdamW, NAdamW, or any of timm's as ``timm/NAME``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import nn
 
 from training.config import OptimConfig
 from training.optim.param_groups import build_param_groups
+from training.optim.stable_adamw import StableAdamW, bias_correction
 
 logger = logging.getLogger(__name__)
 
 _TIMM = "timm/"
-_OWN_NAMES = ("adamw", "nadamw")
+_OWN_NAMES = ("adamw", "stableadamw", "nadamw")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -39,6 +40,26 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     raise ValueError(f"--opt {config.opt}: unknown; give one of {', '.join(_OWN_NAMES)}, or timm/NAME (timm/lion, ...)")
 
 
+@torch.no_grad()
+def set_beta2(optimizer: torch.optim.Optimizer, beta2: float) -> None:
+    """Changes beta2 of a running optimizer of Adam's kind; others, which have none, are left alone. No host sync.
+
+    The second moment is kept with its bias, a factor of 1 - beta2^step. Under another beta2 the factor is another, and
+    the next updates would be wrong by the root of the ratio: 2.3 times too large after 200 steps of 0.999, on going to
+    0.95. So the moment is multiplied by the ratio.
+    """
+    for group in optimizer.param_groups:
+        if "betas" not in group or group["betas"][1] == beta2:
+            continue
+        before = group["betas"][1]
+        group["betas"] = (group["betas"][0], beta2)
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if "exp_avg_sq" in state and "step" in state:
+                step = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
+                state["exp_avg_sq"].mul_(bias_correction(step, beta2) / bias_correction(step, before))
+
+
 def _build_torch(model: nn.Module, name: str, config: OptimConfig) -> torch.optim.Optimizer:
     values = {"--lr": config.lr, "--beta1": config.beta1, "--beta2": config.beta2, "--eps": config.eps}
     if missing := [flag for flag, value in values.items() if value is None]:
@@ -47,6 +68,8 @@ def _build_torch(model: nn.Module, name: str, config: OptimConfig) -> torch.opti
     settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, **config.opt_kwargs}
     if name == "nadamw":
         return torch.optim.NAdam(groups, decoupled_weight_decay=True, **settings)
+    if name == "stableadamw":
+        return StableAdamW(groups, **settings)
     optimizer = _build_adamw(groups, settings)
     # A checkpoint brings the settings of the run that wrote it, and OpenCLIP's are not fused.
     implementation = {key: optimizer.defaults[key] for key in ("fused", "foreach")}

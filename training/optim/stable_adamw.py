@@ -1,0 +1,195 @@
+"""AdamW whose learning rate shrinks, tensor by tensor, where the second moment has lost track of the gradient.
+
+Loss spikes follow steps in which the moving average of squared gradients is far below the squared gradient, so that the
+update is far too large. StableAdamW measures that for each tensor and divides by it (update clipping):
+
+    RMS_t = sqrt(mean(g^2 / max(v, eps^2)))        v: second moment, corrected for its bias
+    eta_t = lr / max(1, RMS_t)
+    theta <- theta - eta_t * wd * theta - eta_t * m / (sqrt(v) + eps)
+
+With RMS_t <= 1 it is AdamW. The state has AdamW's names and meaning: checkpoints of either load in the other.
+
+Source: Wortsman et al. 2023, "Stable and low-precision training for large-scale vision-language models"
+(arXiv 2304.13013), algorithm 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, cast, overload
+
+import torch
+from torch import Tensor
+
+_CHUNK_ELEMENTS = 32 * 2**20
+"""Tensors are updated together up to this many elements: it bounds the memory for intermediate values (256 MiB)."""
+
+
+class StableAdamW(torch.optim.Optimizer):
+    """Obeys ``found_inf`` and ``grad_scale`` as the fused AdamW does, and never waits for the device.
+
+    ``found_inf`` (0-D, 0 or 1): with 1, parameters, moments and step counters stay as they are; gradients are zeroed.
+    """
+
+    _step_supports_amp_scaling = True
+    """What GradScaler looks for in an optimizer that takes care of both itself."""
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-6,
+        weight_decay: float = 0.2,
+    ) -> None:
+        """
+        Raises:
+            ValueError: a value outside of its range.
+        """
+        if lr < 0 or weight_decay < 0:
+            raise ValueError(f"StableAdamW with lr {lr} and weight decay {weight_decay}: neither may be negative")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"StableAdamW with betas {betas}: give values from 0 to below 1 (--beta1, --beta2)")
+        if eps <= 0:
+            raise ValueError(f"StableAdamW with eps {eps}: it divides by it, so give a positive --eps")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._update_rms: dict[Tensor, Tensor] = {}
+
+    @property
+    def update_rms(self) -> dict[Tensor, Tensor]:
+        """RMS_t of the latest step by parameter: 0-D tensors on the device; 0 after a step that was skipped."""
+        return dict(self._update_rms)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        for group in self.param_groups:
+            for chunk in self._chunks(group):
+                keep = None if found_inf is None else 1 - found_inf.to(chunk.parameters[0].device, torch.float32)
+                rms = _update(chunk, group, keep=keep, grad_scale=grad_scale)
+                self._update_rms.update(zip(chunk.parameters, rms, strict=True))
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads this optimizer's state, or AdamW's, whose step counters may be on the host."""
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)
+
+    def _chunks(self, group: dict[str, Any]) -> Iterator[_Chunk]:
+        """The parameters that have gradients, in order, by device and type, and not too many at a time."""
+        chunk, elements = _Chunk([], [], [], [], []), 0
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            if chunk.parameters and (
+                elements + parameter.numel() > _CHUNK_ELEMENTS
+                or (parameter.device, parameter.dtype) != (chunk.parameters[-1].device, chunk.parameters[-1].dtype)
+            ):
+                yield chunk
+                chunk, elements = _Chunk([], [], [], [], []), 0
+            state = self._state(parameter)
+            chunk.parameters.append(parameter)
+            chunk.gradients.append(parameter.grad)
+            chunk.exp_avgs.append(state["exp_avg"])
+            chunk.exp_avg_sqs.append(state["exp_avg_sq"])
+            chunk.steps.append(state["step"])
+            elements += parameter.numel()
+        if chunk.parameters:
+            yield chunk
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = cast(dict[str, Tensor], self.state[parameter])
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+
+class _Chunk(NamedTuple):
+    """Tensors that are updated together; entry i of each list belongs to parameter i."""
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+
+
+def _update(
+    chunk: _Chunk, group: dict[str, Any], *, keep: Tensor | None, grad_scale: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Updates in place; returns RMS_t of each tensor.
+
+    Args:
+        keep: 0-D; 0 turns every factor below into one that changes nothing, exactly.
+    """
+    parameters, gradients, exp_avgs, exp_avg_sqs, steps = chunk
+    (beta1, beta2), eps = group["betas"], group["eps"]
+    if grad_scale is not None:
+        torch._foreach_div_(gradients, grad_scale)
+    if keep is None:
+        torch._foreach_add_(steps, 1)
+        torch._foreach_mul_(exp_avgs, beta1)
+        torch._foreach_mul_(exp_avg_sqs, beta2)
+    else:
+        for gradient in gradients:
+            gradient.masked_fill_(keep == 0, 0)  # times zero would not do: it leaves NaN what it was
+        torch._foreach_add_(steps, [keep] * len(steps))  # a list: a single tensor would be read as a number
+        torch._foreach_mul_(exp_avgs, 1 - (1 - beta1) * keep)
+        torch._foreach_mul_(exp_avg_sqs, 1 - (1 - beta2) * keep)
+    torch._foreach_add_(exp_avgs, gradients, alpha=1 - beta1)
+    torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, value=1 - beta2)
+
+    corrections1 = [bias_correction(step, beta1) for step in steps]
+    corrections2 = [bias_correction(step, beta2) for step in steps]
+    roots = torch._foreach_div(exp_avg_sqs, corrections2)
+    torch._foreach_sqrt_(roots)
+    ratios = torch._foreach_clamp_min(roots, eps)
+    torch._foreach_reciprocal_(ratios)
+    torch._foreach_mul_(ratios, gradients)  # g / sqrt(max(v, eps^2))
+    rms = torch._foreach_norm(ratios, dtype=torch.float32)
+    torch._foreach_div_(rms, [max(1, parameter.numel()) ** 0.5 for parameter in parameters])
+
+    # eta_t of each tensor, 0-D.
+    rates = torch._foreach_clamp_min(rms, 1.0)
+    torch._foreach_reciprocal_(rates)
+    torch._foreach_mul_(rates, group["lr"])
+    if keep is not None:
+        torch._foreach_mul_(rates, keep)
+    if group["weight_decay"]:
+        decays = torch._foreach_mul(rates, -group["weight_decay"])
+        torch._foreach_add_(decays, 1.0)
+        torch._foreach_mul_(parameters, decays)
+    torch._foreach_add_(roots, eps)
+    torch._foreach_copy_(ratios, exp_avgs)
+    torch._foreach_div_(ratios, roots)
+    torch._foreach_div_(rates, corrections1)
+    torch._foreach_mul_(ratios, rates)
+    torch._foreach_sub_(parameters, ratios)
+    return rms
+
+
+def bias_correction(step: Tensor, beta: float) -> Tensor:
+    """1 - beta^step, to fp32's precision also where beta^step is close to 1.
+
+    A step that was skipped before all others counts as the first, to not divide by zero.
+    """
+    return -torch.expm1(step.clamp_min(1) * (math.log(beta) if beta else -math.inf))
