@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,13 +18,14 @@ from training.distributed.failure import fail_together
 from training.distributed.flight_recorder import FlightRecorder
 from training.distributed.hang_board import HangBoard
 from training.distributed.runtime import close_runtime, start_runtime
+from training.resilience.heartbeat import Heartbeat, killed_ranks
 from training.resilience.watchdog import Watchdog
 
 HANG_AFTER = 7
 STEPS = 12
 
 
-def train(hang: str, culprit: int, hangs: Path, timeout_s: float) -> None:
+def train(hang: str, culprit: int, hangs: Path, timeout_s: float, heartbeat_s: float = 0.0) -> None:
     """Some steps, each with a collective; one rank hangs in the eighth."""
     config = ResilienceConfig(timeout_start=30, timeout_step=timeout_s, timeout_evaluation=30)
     runtime = start_runtime(EngineConfig(device="cpu"))
@@ -37,6 +39,8 @@ def train(hang: str, culprit: int, hangs: Path, timeout_s: float) -> None:
             recorder=FlightRecorder(),
             end_job=job_end.fail,
         )
+        heartbeat = Heartbeat(heartbeat_s, rank=runtime.rank, directory=hangs)
+        job_end.known_deaths = partial(killed_ranks, hangs)
         for step in range(STEPS):
             if runtime.rank == culprit and step == HANG_AFTER:
                 _HANGS[hang]()
@@ -44,6 +48,7 @@ def train(hang: str, culprit: int, hangs: Path, timeout_s: float) -> None:
             watchdog.beat(step + 1)
             time.sleep(0.1)  # the neighbours have to meet
         watchdog.close()
+        heartbeat.close()
     close_runtime(runtime)
 
 

@@ -57,14 +57,7 @@ class Failure(NamedTuple):
     exit_code: int
     text: str
     silent: Sequence[int] = ()
-    """Ranks that hang and cannot end by themselves: their neighbours kill them."""
-
-
-class DeathCause(NamedTuple):
-    """What is known about a process that has said nothing."""
-
-    exit_code: int
-    text: str
+    """Ranks that do not hear of it. Those that only hang are killed by their neighbours."""
 
 
 class JobEnd:
@@ -73,15 +66,15 @@ class JobEnd:
     def __init__(self) -> None:
         self.last_act: Callable[[], None] | None = None
         """Called right before the process ends itself; not called when it ends in order."""
-        self.explain_death: Callable[[int, int], DeathCause | None] | None = None
-        """(rank, process number) of a neighbour that is gone -> why, if that is on record."""
+        self.known_deaths: Callable[[], Sequence[tuple[int, int, int, str]]] = tuple
+        """(rank, process number, exit code, reason) of the processes whose end was put on record by others."""
 
     def fail(self, rank: int, exit_code: int, text: str, silent: Sequence[int] = ()) -> NoReturn:
         """Ends all processes of the job, from any thread, whatever their main threads wait for.
 
         Args:
             rank: whose failure it is; any rank may find it out.
-            silent: ranks that cannot end by themselves, and are killed by their neighbours.
+            silent: ranks that hang, cannot end by themselves, and are killed by their neighbours.
         """
         logger.critical("rank %d failed: %s", rank, text)
         self.leave(exit_code)
@@ -182,13 +175,16 @@ class Guard(JobEnd):
     def _fail(self, error: BaseException) -> NoReturn:
         """Records this rank's error if it is the first, and ends the process."""
         first = Failure(self._rank, _exit_code(error), _describe(error))
+        is_symptom = _is_lost_connection(error)
         try:
-            if _is_lost_connection(error):
-                # The symptom of another rank's end. The watching thread may still learn the cause, and ends us then.
+            if is_symptom:
+                # Of another rank's end. The watching thread may still learn the cause, and ends us then.
                 self._wait_for_record(_CAUSE_S)
+                first = self._death_on_record() or first
             first = self._claim(first)
-        except RuntimeError:  # the store is gone as well: our own error is all we know
-            pass
+        except RuntimeError as store_error:  # the store is gone as well
+            if is_symptom:
+                first = self._explain_lost_store(store_error)
         self._end(first)
 
     def _watch(self) -> None:
@@ -208,18 +204,18 @@ class Guard(JobEnd):
                 continue
             if first := self._record():  # it failed, said so, and ended between our two looks
                 return first
-            return self._claim(Failure(rank, *self._death_cause(rank, process.pid)))
+            return self._claim(self._explain_death(rank, process.pid))
         return None
 
-    def _death_cause(self, rank: int, pid: int) -> DeathCause:
-        known = self.explain_death(rank, pid) if self.explain_death is not None else None
-        if known is not None:
-            return known
+    def _explain_death(self, rank: int, pid: int) -> Failure:
+        for known_rank, known_pid, exit_code, reason in self.known_deaths():
+            if (known_rank, known_pid) == (rank, pid):
+                return Failure(rank, exit_code, reason, (rank,))
         text = (
             f"process {pid} on {socket.gethostname()} ended without a Python error: killed by a signal "
             "(kill -9, the scheduler), out of memory (see dmesg), or crashed in native code"
         )
-        return DeathCause(1, text)
+        return Failure(rank, 1, text, (rank,))
 
     def _meet_neighbours(self) -> None:
         """Remembers the ranks that have arrived on this node since the last look."""
@@ -230,10 +226,18 @@ class Guard(JobEnd):
             self._neighbours[rank] = _Process(pid, started)
 
     def _store_lost(self, error: RuntimeError) -> Failure | None:
-        """The store's host is gone: rank 0, or the launcher on its node."""
         if self._stop.wait(POLL_S):  # an orderly end, seen half way
             return None
-        return Failure(0, 1, f"its process or the launcher on its node is gone without a word ({_first_line(error)})")
+        return self._explain_lost_store(error)
+
+    def _explain_lost_store(self, error: RuntimeError) -> Failure:
+        """The store's host is gone: rank 0, or the launcher on its node."""
+        text = f"its process or the launcher on its node is gone without a word ({_first_line(error)})"
+        return self._death_on_record() or Failure(0, 1, text)
+
+    def _death_on_record(self) -> Failure | None:
+        """Of a rank that was alone on its node, or hosted the store, only a record in the run directory is left."""
+        return next((Failure(rank, code, text) for rank, _, code, text in self.known_deaths()), None)
 
     def _record(self) -> Failure | None:
         return _decode(self._store.get("first")) if self._store.check(["first"]) else None

@@ -32,6 +32,8 @@ from training.resilience.hang import Note, Verdict, blame, host_silent
 logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
+_ANSWER_S = 5.0
+"""A store that hangs may take longer than a poll: that time counts, but no more of it in one turn."""
 _SETTLE_S = 4.0
 """How long the notes of all ranks may take: each polls once a second, and writes its stacks first."""
 _STAND_IN_S = 3.0
@@ -122,16 +124,19 @@ class Watchdog:
 
     def _watch(self) -> None:
         """The thread."""
-        seen, last = self._progress, time.monotonic()
+        seen = self._progress
+        asking_s = 0.0
+        before = time.monotonic()
         while not self._stop.wait(self._poll_s):
-            now = time.monotonic()
             # Time in which this thread did not run either is nobody's hang: a suspended job, a machine under load.
-            self._idle_s += min(now - last, self._poll_s + _POLL_S)
-            last = now
+            self._idle_s += asking_s + min(time.monotonic() - before, self._poll_s + _POLL_S)
             if seen != self._progress:
                 seen, self._idle_s = self._progress, 0.0
+            before = time.monotonic()
             if self._idle_s > self._phase[1] or self._asked():
                 self._end()
+            asking_s = min(time.monotonic() - before, _ANSWER_S)
+            before = time.monotonic()
 
     def _asked(self) -> bool:
         try:
