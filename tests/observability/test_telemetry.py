@@ -85,9 +85,12 @@ def test_a_steady_tensor_has_an_update_rms_of_one_from_the_first_step():
     assert measured[PATCH_EMBEDDING_RMS] == pytest.approx(1.0, abs=0.01)
 
 
-def test_update_norms_are_what_was_added_to_the_weights():
+@pytest.mark.parametrize("opt", ["adamw", "stableadamw"])
+def test_update_norms_are_what_was_added_to_the_weights(opt):
     model = tiny_model()
-    optimizer = trained(model, steps=2, wd=0.0)
+    optimizer = trained(model, steps=2, wd=0.0, opt=opt)
+    for state in optimizer.state.values():
+        state["exp_avg_sq"].mul_(0.01)  # so that there is something for StableAdamW to clip
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimizer.step()
     statistics = UpdateMeter(dict(model.named_parameters()), optimizer).measure()

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from training.optim.stable_adamw import StableAdamW, bias_correction
+
 logger = logging.getLogger(__name__)
 
 _CHUNK_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}
@@ -103,7 +105,7 @@ class UpdateMeter:
         second = [_cut(moment["exp_avg_sq"], piece) for moment, piece in zip(moments, chunk, strict=True)]
         means = [_cut(moment["exp_avg"], piece) for moment, piece in zip(moments, chunk, strict=True)]
         # All tensors of a group have made the same number of steps: bad steps are skipped for all of them.
-        correction = _bias_correction(group["betas"][1], moments[0]["step"], device=first.parameter.device)
+        correction = _correction(moments[0]["step"], group["betas"][1], device=first.parameter.device)
         roots = torch._foreach_div(second, correction)
         sums.append(_norms(roots, 1))
         torch._foreach_sqrt_(roots)
@@ -123,7 +125,7 @@ class UpdateMeter:
         sizes = [float(slot.parameter.numel()) for slot in slots]
         rms = torch.stack(torch._foreach_div(list(surprise.unbind()), sizes)).sqrt()
         norms = updates.sqrt() * self._step_sizes(slots)
-        if getattr(self._optimizer, "clips_updates", False):
+        if isinstance(self._optimizer, StableAdamW):
             norms = norms / rms.clamp_min(1.0)
         second = torch.stack(torch._foreach_div(list(second.unbind()), sizes))
         return UpdateStatistics(names, grads.sqrt(), weights.sqrt(), rms, norms, second)
@@ -134,7 +136,7 @@ class UpdateMeter:
         for slot in slots:
             if id(slot.group) not in sizes:
                 step = self._optimizer.state[slot.parameter]["step"]
-                correction = _bias_correction(slot.group["betas"][0], step, device=slot.parameter.device)
+                correction = _correction(step, slot.group["betas"][0], device=slot.parameter.device)
                 sizes[id(slot.group)] = slot.group["lr"] / correction
         return torch.stack([sizes[id(slot.group)] for slot in slots])
 
@@ -143,12 +145,10 @@ def _has_moments(state: Mapping[str, Any]) -> bool:
     return {"exp_avg", "exp_avg_sq", "step"} <= state.keys()
 
 
-def _bias_correction(beta: float, step: Tensor | float, *, device: torch.device) -> Tensor:
+def _correction(step: Tensor | float, beta: float, *, device: torch.device) -> Tensor:
     """1 - beta^step, 0-D. Fused optimizers count steps on the device, the others on the host."""
-    if not isinstance(step, Tensor):
-        step = torch.tensor(float(step))
-    power = beta ** step.float()
-    return (1 - power).to(device, non_blocking=True)
+    step = step if isinstance(step, Tensor) else torch.tensor(float(step))
+    return bias_correction(step.float(), beta).to(device, non_blocking=True)
 
 
 def _chunks(slots: Sequence[_Slot]) -> Iterator[list[_Piece]]:
