@@ -85,10 +85,6 @@ class NotFinite(RuntimeError):
     """Weights that are not numbers any more: such a checkpoint is worth nothing and would push out those that are."""
 
 
-class Fenced(RuntimeError):
-    """The fence forbids this process to change the run any more; the cause says why."""
-
-
 class Checkpointer:
     """The step checkpoints of one run."""
 
@@ -115,6 +111,8 @@ class Checkpointer:
         self.keep_every = keep_every
         self.generation = generation
         self._fence = fence
+        self.fenced_by: Exception | None = None
+        """Why this process must not change the run any more, once the fence has said so."""
         self._receipt_timeout_s = receipt_timeout_s
         self._verified: set[int] = set()
         self._in_flight: set[Path] = set()
@@ -210,7 +208,7 @@ class Checkpointer:
 
         Raises:
             OSError: the disk. DamagedCheckpoint: what was written reads back otherwise. RuntimeError: a writer failed,
-                or did not finish in time. Fenced: another start owns the run.
+                or did not finish in time. Exception: what the fence raises, another start owns the run.
         """
         final = self.path(step)
         try:
@@ -240,17 +238,19 @@ class Checkpointer:
         shutil.rmtree(staging, ignore_errors=True)
 
     def check_fence(self) -> None:
-        """Returns if this process still owns the run.
+        """Returns if this process still owns the run; otherwise raises what the fence raises, and remembers it.
 
-        Raises:
-            Fenced: it does not.
+        An OSError is none of its answers: the disk of the leases has failed.
         """
         if self._fence is None:
             return
         try:
             self._fence()
+        except OSError:
+            raise
         except Exception as error:
-            raise Fenced(str(error)) from error
+            self.fenced_by = error
+            raise
 
     def remove_old(self) -> None:
         """Deletes what is past retention. What cannot be deleted now is tried again after the next checkpoint."""

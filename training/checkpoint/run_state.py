@@ -86,7 +86,11 @@ def capture(parts: RunParts, *, runtime: Runtime, epoch: int, config: Mapping[st
     writers = choose_writers(num_bytes, world_size=runtime.world_size)
     if runtime.rank not in writers:
         return Captured(Share({}, {}), writers)
-    files = _stage(by_kind, place=writers.index(runtime.rank), count=len(writers), staging=staging)
+    trained = {name for name, _ in parts.model.named_parameters()}
+    # Buffers (BatchNorm's statistics) may differ between ranks: rank 0's count, as in data-parallel training.
+    common = {"model": [name for name in weights if name not in trained]}
+    place, count = writers.index(runtime.rank), len(writers)
+    files = _stage(by_kind, of_first=common, place=place, count=count, staging=staging)
     if not runtime.is_main:
         return Captured(Share(files, {}), writers)
     stream = parts.loader.merge(positions)
@@ -113,15 +117,21 @@ def capture(parts: RunParts, *, runtime: Runtime, epoch: int, config: Mapping[st
 
 
 def _stage(
-    by_kind: Mapping[str, Mapping[str, Tensor]], *, place: int, count: int, staging: Staging
+    by_kind: Mapping[str, Mapping[str, Tensor]],
+    *,
+    of_first: Mapping[str, Sequence[str]],
+    place: int,
+    count: int,
+    staging: Staging,
 ) -> dict[str, Mapping[str, Tensor]]:
-    """Copies of one writer's tensors, by file."""
-    mine = {
-        (part_name(kind, place, count), name): tensors[name]
-        for kind, tensors in by_kind.items()
-        for name in spread({name: tensor.nbytes for name, tensor in tensors.items()}, count)[place]
-    }
+    """Copies of one writer's tensors, by file; some are written by the first writer whatever their size."""
     files: dict[str, dict[str, Tensor]] = {part_name(kind, place, count): {} for kind in by_kind}
+    mine: dict[tuple[str, str], Tensor] = {}
+    for kind, tensors in by_kind.items():
+        first = of_first.get(kind, ())
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items() if name not in first}
+        names = [*spread(sizes, count)[place], *(first if place == 0 else ())]
+        mine |= {(part_name(kind, place, count), name): tensors[name] for name in names}
     for (file, name), copy in staging.copy(mine).items():
         files[file][name] = copy
     return dict(files)

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.checkpoint.background import BackgroundWriter
-from training.checkpoint.checkpointer import Checkpointer, Fenced, new_token
+from training.checkpoint.checkpointer import Checkpointer, new_token
 from training.checkpoint.export import delete_epoch_file, epoch_content, write_epoch_file
 from training.checkpoint.manifest import read_manifest
 from training.checkpoint.run_state import Captured, RunParts, capture, rewind_before
 from training.checkpoint.staging import Staging
-from training.checkpoint.tags import Tags
+from training.checkpoint.tags import Tags, rewind_order
 from training.config import CheckpointConfig
 from training.distributed.collectives import broadcast_object, gather_objects
 from training.distributed.runtime import Runtime
@@ -183,6 +183,11 @@ class Saver:
         coming = [] if self._coming_step is None else [self._coming_step]
         return self._checkpointer.tag_suspect(from_step, coming=coming)
 
+    def can_rewind(self, onset: int) -> bool:
+        """Whether there is a checkpoint from before ``onset``. On rank 0."""
+        self._writer.wait()
+        return bool(rewind_order(self._checkpointer.steps(), self._checkpointer.tags(), onset=onset))
+
     def rewind(self, onset: int) -> int:
         """Takes the parts back to the best checkpoint from before ``onset``; returns its step. Collective: all ranks.
 
@@ -196,6 +201,7 @@ class Saver:
         self._writer.wait()
         self._settle()
         path = rewind_before(onset, self._checkpointer, self._parts, runtime=self._runtime)
+        self._saved_step = -1  # of this step, that is: the state is another one now
         return read_step(path)
 
     def finish(self) -> None:
@@ -288,9 +294,9 @@ class Saver:
                 logger.info("Saved %s.", path)
             if files.delete_epoch is not None:
                 delete_epoch_file(self._checkpointer.root, epoch=files.delete_epoch)
-        except Fenced:
-            raise
         except Exception as error:  # the checkpoint is there; what failed is the copy for other tools
+            if error is self._checkpointer.fenced_by:
+                raise
             return f"epoch_{files.epoch}.pt: {error!r}"
         return ""
 
@@ -298,8 +304,8 @@ class Saver:
         """Takes note of what has become of the jobs."""
         for done, error in self._writer.finished():
             self._coming_step = None
-            if isinstance(error, Fenced):
-                raise error.__cause__ or error
+            if error is not None and error is self._checkpointer.fenced_by:
+                raise error
             if error is not None:
                 self._note_failure(f"{type(error).__name__}: {error}")
             elif done is not None:
