@@ -8,16 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.launch import current_runtime, run_ranks
 from tests.tiny_clip import TinyClip, gradients, split, tiny_batch, tiny_clip
-from training.config import EngineConfig, LossConfig, OptimConfig
+from training.config import EngineConfig, LossConfig, OptimConfig, ResilienceConfig
 from training.data.batch import DeviceBatch
-from training.distributed.collectives import rank, world_size
+from training.distributed.collectives import all_reduce_sum, rank, world_size
 from training.distributed.parallelize import parallelize
 from training.losses import build_loss
 from training.optim.optimizer import build_optimizer
 from training.precision import build_precision
+from training.resilience.delayed import DelayedVitals
+from training.resilience.guard import VITALS, StepGuard
 from training.train_step import StepMetrics, TrainStep
 
 CPU = torch.device("cpu")
@@ -34,9 +37,7 @@ def build_step(
     scaler = row.grad_scaler()
     if scaler is not None:
         scaler.load_state_dict({**scaler.state_dict(), "scale": 256.0})  # 65536 overflows in the first steps
-    return TrainStep(
-        model=trained or model, loss=loss, optimizer=optimizer, precision=row, scaler=scaler, **options
-    )
+    return TrainStep(model=trained or model, loss=loss, optimizer=optimizer, precision=row, scaler=scaler, **options)
 
 
 def run_step(
@@ -237,6 +238,75 @@ def test_training_lowers_the_loss(accum_freq):
     assert losses[-1] < 0.2 * losses[0]
 
 
+def build_guard(device: torch.device = CPU, *, guard: str = "on") -> StepGuard:
+    config = ResilienceConfig(guard=guard, guard_warmup=2)
+    return StepGuard(config, device=device, rank=0, world_size=1, all_reduce_sum=all_reduce_sum)
+
+
+@pytest.mark.parametrize("guard", ["on", "off"])
+@pytest.mark.parametrize("precision", ["fp32", "amp"])
+def test_a_guard_changes_nothing_about_good_steps(guard, precision):
+    results = []
+    for judge in (None, build_guard(guard=guard)):
+        model = tiny_clip(batch_norm=True)
+        optimizer = build_optimizer(model, OptimConfig(lr=1e-3, beta1=0.9, beta2=0.98, eps=1e-6))
+        step = build_step(model, precision=precision, optimizer=optimizer, grad_clip_norm=1.0, guard=judge)
+        metrics = [step([tiny_batch(8, seed=number)], lr=1e-3) for number in range(5)]
+        results.append((model.state_dict(), [entry[:3] for entry in metrics]))
+        assert all((entry.vitals is None) == (judge is None) for entry in metrics)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for the device: a number read from a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+def host_reads_per_step(optimizer: str, **options: Any) -> float:
+    model = tiny_clip(batch_norm=True)
+    betas = {} if optimizer.startswith("timm/") else {"beta1": 0.9, "beta2": 0.98, "eps": 1e-6}
+    built = build_optimizer(model, OptimConfig(opt=optimizer, lr=1e-3, **betas))
+    step = build_step(model, optimizer=built, guard=build_guard(), grad_clip_norm=1.0, **options)
+    delayed, accum_freq = DelayedVitals(), 2 if options.get("precision") == "amp_bf16" else 1
+    with HostReads() as reads:
+        for number in range(4):
+            metrics = step(split(tiny_batch(8, seed=number), accum_freq), lr=1e-3)
+            assert metrics.vitals is not None
+            delayed.push(number, metrics.vitals)
+            assert len(delayed.ready()) == (number >= 2)
+    return reads.count / 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp", "amp_bf16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "stableadamw"])
+def test_a_guarded_step_is_never_read_by_the_host(optimizer, precision):
+    assert host_reads_per_step(optimizer, precision=precision) == 0
+
+
+def test_other_optimizers_cost_one_read_of_the_verdict():
+    assert host_reads_per_step("timm/lion") == 1
+
+
+def test_a_skipped_step_is_told_by_its_vitals_and_the_next_one_counts():
+    model = tiny_clip()
+    step = build_step(model, optimizer=torch.optim.AdamW(model.parameters(), fused=True), guard=build_guard())
+    before = [parameter.clone() for parameter in model.parameters()]
+    batch = tiny_batch(8)
+    metrics = step([batch._replace(images=batch.images * math.nan)], lr=0.1)
+    assert metrics.vitals is not None
+    assert metrics.vitals[VITALS.index("bad")] == 1
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+    step([batch], lr=0.1)
+    assert not any(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
 CUDA = torch.device("cuda")
 
 
@@ -245,27 +315,33 @@ def on_cuda(batch: DeviceBatch) -> DeviceBatch:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "stableadamw"])
 @pytest.mark.parametrize("accum_freq", [1, 2])
 @pytest.mark.parametrize("precision", ["amp_bf16", "amp", "fp32"])
-def test_a_step_on_the_gpu_never_waits_for_it(precision, accum_freq):
+def test_a_step_on_the_gpu_never_waits_for_it(precision, accum_freq, optimizer):
     model = tiny_clip(dropout=0.1).to(CUDA)
     row = build_precision(precision, CUDA)
     step = TrainStep(
         model=model,
         loss=build_loss(LossConfig()),
-        optimizer=build_optimizer(model, OptimConfig(lr=1e-3, beta1=0.9, beta2=0.98, eps=1e-6)),
+        optimizer=build_optimizer(model, OptimConfig(opt=optimizer, lr=1e-3, beta1=0.9, beta2=0.98, eps=1e-6)),
         precision=row,
         scaler=row.grad_scaler(),
         grad_clip_norm=1.0,
+        guard=build_guard(CUDA),
     )
+    delayed = DelayedVitals()
     pieces = split(on_cuda(tiny_batch(GLOBAL_BATCH)), accum_freq)
     step(pieces, lr=1e-3)  # the first step creates states, and the scaler its scale
     torch.cuda.set_sync_debug_mode("error")
     try:
         metrics = step(pieces, lr=1e-3)
+        assert metrics.vitals is not None
+        delayed.push(1, metrics.vitals)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(metrics.loss)
+    assert delayed.drain()[0][1].loss == pytest.approx(metrics.loss.item())
 
 
 @pytest.mark.gpu

@@ -179,7 +179,8 @@ class StepGuard:
 
         values = torch.stack([total.loss / total.finite_loss, total.grad_norm / total.finite_norm])  # 0 / 0 is NaN
         bad_loss, bad_norm = total.finite_loss < self._world_size, total.finite_norm < self._world_size
-        overflow = bad_norm & ~bad_loss if overflow_is_normal else torch.zeros_like(bad_norm)
+        # An overflow is in the reduced gradient, so on all ranks; on some of them only it is another kind of damage.
+        overflow = (total.finite_norm == 0) & ~bad_loss & overflow_is_normal
         non_finite = (bad_loss | bad_norm) & ~overflow
         loss_high = ~bad_loss & (values[_LOSS] > limits[_LOSS])
         grad_high = total.grad_high > 0
