@@ -14,15 +14,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import multiprocessing
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
@@ -30,6 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from training.distributed.job_end import Failure, JobEnd, end_in_any_case
 from training.distributed.store_calls import answer_within
 
 if TYPE_CHECKING:
@@ -45,54 +44,7 @@ _ACKNOWLEDGE_S = 3.0
 """How long rank 0, whose process may host the store, stays so that all others can read the record."""
 _ANSWER_S = 2.0
 """How long a rank that ends the job for a hang waits for the store, whose host may be what hangs."""
-_LAST_WORDS_S = 10.0
-"""How long writing the last log lines may take: a handler may be stuck in the very thing that hangs."""
 _guards_made = 0
-
-
-class Failure(NamedTuple):
-    """The first failure of a job."""
-
-    rank: int
-    exit_code: int
-    text: str
-    silent: Sequence[int] = ()
-    """Ranks that do not hear of it. Those that only hang are killed by their neighbours."""
-
-
-class JobEnd:
-    """What becomes known after the job has begun, and belongs into its end. One for each process."""
-
-    def __init__(self) -> None:
-        self.last_act: Callable[[], None] | None = None
-        """Called right before the process ends itself; not called when it ends in order."""
-        self.known_deaths: Callable[[], Sequence[tuple[int, int, int, str]]] = tuple
-        """(rank, process number, exit code, reason) of the processes whose end was put on record by others."""
-
-    def fail(self, rank: int, exit_code: int, text: str, silent: Sequence[int] = ()) -> NoReturn:
-        """Ends all processes of the job, from any thread, whatever their main threads wait for.
-
-        Args:
-            rank: whose failure it is; any rank may find it out.
-            silent: ranks that hang, cannot end by themselves, and are killed by their neighbours.
-        """
-        logger.critical("rank %d failed: %s", rank, text)
-        self.leave(exit_code)
-
-    def leave(self, exit_code: int) -> NoReturn:
-        """Ends this process."""
-        if self.last_act is not None:
-            try:
-                self.last_act()
-            except Exception as error:  # whatever it is, it must not keep the process alive
-                logger.error("on the way out: %r", error)
-        for child in multiprocessing.active_children():
-            child.terminate()
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Not sys.exit: the main thread may be in a collective that never returns, or in the teardown of one.
-        os._exit(exit_code)
 
 
 @contextlib.contextmanager
@@ -261,9 +213,7 @@ class Guard(JobEnd):
     def _end(self, first: Failure, *, store_answers: bool = True) -> NoReturn:
         """Says who was first and ends the process, whatever its main thread is waiting for."""
         self._ending.acquire()  # the other thread is on its way here, or has the better reason; it ends us both
-        last_resort = threading.Timer(_LAST_WORDS_S, os._exit, [first.exit_code])
-        last_resort.daemon = True
-        last_resort.start()
+        end_in_any_case(first.exit_code)
         whole = self._rank in (first.rank, 0)
         text = first.text.rstrip() if whole else first.text.strip().splitlines()[-1]
         logger.critical("rank %d failed first: %s%s", first.rank, "\n" if whole else "", text)

@@ -26,6 +26,7 @@ STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 _STDERR = 2
 _CLOSE = b"\0"
 _listening: list[Preemption] = []
+_forking = threading.local()
 
 
 class Preemption:
@@ -112,6 +113,15 @@ def shield_worker(worker: int) -> None:
     os.setsid()
 
 
+def _hold_signals() -> None:
+    """A signal to a child that has just been forked would run the parent's handler there, and reach its pipe."""
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def _go_on_after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
 def _leave_signals_to_parent() -> None:
     """In a forked child: the signals are meant for the parent, and the pipe that they are reported through is its."""
     if _listening:
@@ -120,6 +130,7 @@ def _leave_signals_to_parent() -> None:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how multiprocessing ends its processes
+    _go_on_after_fork()
 
 
-os.register_at_fork(after_in_child=_leave_signals_to_parent)
+os.register_at_fork(before=_hold_signals, after_in_parent=_go_on_after_fork, after_in_child=_leave_signals_to_parent)
