@@ -33,12 +33,13 @@ class EventLog:
             sinks: where the counts go.
         """
         earlier = read_events(path)
-        self._file = path.open("a")
+        # Unbuffered: what could not be written must not come out later, in the middle of another line.
+        self._file = path.open("ab", buffering=0)
         self._sinks = sinks
         self._counts = Counter(str(event.get("event")) for event in earlier)
         self._lost = 0
-        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            self._file.write("\n")  # a crash cut the last line: it must not swallow the next
+        # A crash, or a full disk, may have cut the last line: it must not swallow the next.
+        self._cut = bool(path.stat().st_size) and not path.read_bytes().endswith(b"\n")
         if any(int(event.get("step", 0)) >= first_step for event in earlier):
             self.write(first_step, "resumed", note="earlier lines with later steps belong to a past that was given up")
 
@@ -46,9 +47,9 @@ class EventLog:
         """Adds one event. A full disk costs the line, not the run; the first time is logged."""
         line = {"step": step, "time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **details}
         self._counts[event] += 1
+        text = json.dumps(_plain(line), allow_nan=False) + "\n"
         try:
-            self._file.write(json.dumps(_plain(line), allow_nan=False) + "\n")
-            self._file.flush()
+            self._append(text.encode())
         except OSError as error:
             self._lost += 1
             if self._lost == 1:
@@ -61,6 +62,14 @@ class EventLog:
         if self._lost:
             logger.warning("%d events could not be written.", self._lost)
         self._file.close()
+
+    def _append(self, line: bytes) -> None:
+        line = b"\n" + line if self._cut else line
+        written = self._file.write(line) or 0
+        if written:
+            self._cut = not line[:written].endswith(b"\n")
+        if written < len(line):
+            raise OSError(f"{written} of {len(line)} bytes written")
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
