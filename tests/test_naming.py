@@ -59,6 +59,7 @@ def test_the_directory_is_laid_out_as_openclips():
         starts_jsonl=Path("/runs/n/starts.jsonl"),
         events_jsonl=Path("/runs/n/events.jsonl"),
         leases=Path("/runs/n/leases"),
+        telemetry_jsonl=Path("/runs/n/telemetry.jsonl"),
         hangs=Path("/runs/n/hangs"),
     )
 

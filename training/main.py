@@ -12,6 +12,8 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,7 +36,9 @@ from training.data.meter import DataMeter
 from training.data.prefetch import load_to_device, pin
 from training.data.storage import StorageError
 from training.distributed.collectives import all_reduce_sum, gather_objects
-from training.distributed.failure import fail_together
+from training.distributed.failure import JobEnd, fail_together
+from training.distributed.flight_recorder import FlightRecorder
+from training.distributed.hang_board import HangBoard
 from training.distributed.parallelize import parallelize
 from training.distributed.runtime import Runtime, close_runtime, start_runtime
 from training.evaluation.evaluate import build_evaluators, evaluate
@@ -43,25 +47,32 @@ from training.losses.build import build_loss
 from training.observability.console import set_up_logging
 from training.observability.reporter import Reporter
 from training.observability.sinks import evaluated_epochs
+from training.observability.telemetry import Telemetry
 from training.optim.optimizer import build_optimizer
 from training.optim.schedule import build_schedule
 from training.precision import Precision, build_precision, cast_parameters
+from training.resilience.escalation import Escalation
+from training.resilience.exit_codes import BAD_USAGE, DO_NOT_REQUEUE
+from training.resilience.guard import StepGuard
+from training.resilience.heartbeat import Heartbeat, killed_ranks
+from training.resilience.preemption import Preemption
+from training.resilience.watchdog import Watchdog
 from training.run import (
     Run,
     agreed_resume_path,
     build_reporter,
+    open_events,
     open_run,
     open_trace,
     record_data,
     record_settings,
 )
 from training.state import TrainState
+from training.supervisor import Supervisor, Watch
 from training.train import TrainPlan, train
 from training.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
-
-_EXIT_BAD_USAGE = 2
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -69,25 +80,64 @@ def main(argv: Sequence[str] | None = None) -> None:
     parsed = parse_or_exit(sys.argv[1:] if argv is None else argv)
     set_up_logging(path=None, debug=parsed.config.logging.debug, rank=0, on_screen=False)
     runtime = start_runtime(parsed.config.engine)
-    with fail_together(runtime):
-        start_training = _prepare(parsed, runtime)
+    with fail_together(runtime) as job_end, ExitStack() as closing:
+        watched = Watched(closing.enter_context(Preemption()), job_end, closing)
+        start_training = _prepare(parsed, runtime, watched)
         start_training()
     close_runtime(runtime)
 
 
-def _prepare(parsed: Parsed, runtime: Runtime) -> Callable[[], None]:
-    """Builds the run; what the user can mend is one line and code 2, without the traceback that hides it."""
+@dataclass(frozen=True)
+class Watched:
+    """What sees that this process is asked to end, and how all of them do."""
+
+    preemption: Preemption
+    job_end: JobEnd
+    closing: ExitStack
+    """What is entered here is closed when the run ends, however it does."""
+
+
+def _prepare(parsed: Parsed, runtime: Runtime, watched: Watched) -> Callable[[], None]:
+    """Builds the run; what the user can mend is one line and its code, without the traceback that hides it."""
     try:
         run = open_run(parsed, runtime)
-        return _build(run)
+        watchdog = _start_watching(run, watched)
+        return _build(run, watched.preemption, watchdog)
     except (ValueError, DamagedCheckpoint, StorageError) as error:
         if parsed.config.logging.debug:
             raise
         logger.error("%s", error)
-        raise SystemExit(_EXIT_BAD_USAGE) from error
+        # A checkpoint does not heal by itself.
+        raise SystemExit(DO_NOT_REQUEUE if isinstance(error, DamagedCheckpoint) else BAD_USAGE) from error
 
 
-def _build(run: Run) -> Callable[[], None]:
+def _start_watching(run: Run, watched: Watched) -> Watchdog:
+    """Hangs and silent deaths end the job from here on; the run directory is given back when it ends."""
+    config, runtime = run.config.resilience, run.runtime
+    hangs = run.paths.hangs if run.paths else None
+    if run.lease is not None and runtime.is_main:
+        watched.closing.callback(run.lease.release)
+        watched.job_end.last_act = run.lease.release
+    watched.job_end.known_deaths = partial(killed_ranks, hangs)
+    watched.closing.enter_context(
+        closing(Heartbeat(config.timeout_heartbeat, rank=runtime.rank, directory=hangs))
+    )
+    return watched.closing.enter_context(
+        closing(
+            Watchdog(
+                config,
+                rank=runtime.rank,
+                world_size=runtime.world_size,
+                directory=hangs,
+                board=HangBoard(runtime),
+                recorder=FlightRecorder(),
+                end_job=watched.job_end.fail,
+            )
+        )
+    )
+
+
+def _build(run: Run, preemption: Preemption, watchdog: Watchdog) -> Callable[[], None]:
     """Model and evaluations, and with training data everything else; returns what is left to do: to run it."""
     config, runtime = run.config, run.runtime
     _set_device_defaults(runtime.device)
@@ -106,8 +156,10 @@ def _build(run: Run) -> Callable[[], None]:
         device=runtime.device,
     )
     if not has_train_data(config.data):
-        return _build_evaluation_only(run, built, evaluators=evaluators, precision=precision)
-    return _build_training(run, built, evaluators=evaluators, precision=precision)
+        return _build_evaluation_only(run, built, evaluators=evaluators, precision=precision, watchdog=watchdog)
+    return _build_training(
+        run, built, evaluators=evaluators, precision=precision, preemption=preemption, watchdog=watchdog
+    )
 
 
 def _build_model(config: Config, *, cache_dir: str | None) -> BuiltModel:
@@ -151,7 +203,13 @@ def _lock_towers(built: BuiltModel, config: ModelConfig) -> None:
 
 
 def _build_training(
-    run: Run, built: BuiltModel, *, evaluators: Sequence[Evaluator], precision: Precision
+    run: Run,
+    built: BuiltModel,
+    *,
+    evaluators: Sequence[Evaluator],
+    precision: Precision,
+    preemption: Preemption,
+    watchdog: Watchdog,
 ) -> Callable[[], None]:
     config, runtime = run.config, run.runtime
     loader = build_train_loader(
@@ -178,14 +236,36 @@ def _build_training(
     built.model.to(runtime.device)
     trained = parallelize(built.model, config=config.engine, runtime=runtime)
     optimizer = build_optimizer(built.model, config.optim)
-    parts = RunParts(built.model, optimizer, precision.grad_scaler(), loader, TrainState())
+    guard = StepGuard(
+        config.resilience,
+        device=runtime.device,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        all_reduce_sum=all_reduce_sum,
+    )
+    escalation = Escalation(config.resilience)
+    parts = RunParts(
+        built.model, optimizer, precision.grad_scaler(), loader, TrainState(), guard=guard, escalation=escalation
+    )
+    base_lr = float(optimizer.param_groups[0]["lr"])  # --lr, or the default of an optimizer that was given none
     _resume(run, parts, plan=plan)
     record_settings(run, built.model, plan)
     record_data(run, loader, first_step=parts.state.step)
+    reporter = build_reporter(run, plan, loader_samples=loader.num_samples, first_step=parts.state.step)
+    saver = _build_saver(run, parts)
+    supervisor = Supervisor(
+        Watch(guard, escalation, preemption, watchdog, open_events(run, reporter, first_step=parts.state.step)),
+        config=config.resilience,
+        parts=parts,
+        saver=saver,
+        reporter=reporter,
+        root=run.paths.root if run.paths else None,
+        runtime=runtime,
+    )
     return partial(
         _train_and_close,
         run,
-        build_reporter(run, plan, loader_samples=loader.num_samples, first_step=parts.state.step),
+        reporter,
         plan=plan,
         parts=parts,
         train_step=TrainStep(
@@ -196,8 +276,9 @@ def _build_training(
             precision=precision,
             grad_clip_norm=config.optim.grad_clip_norm,
             num_sources=len(loader.source.source_names),
+            guard=guard,
         ),
-        schedule=build_schedule(config.schedule, lr=_base_lr(optimizer), steps_per_epoch=plan.steps_per_epoch),
+        schedule=build_schedule(config.schedule, lr=base_lr, steps_per_epoch=plan.steps_per_epoch),
         load=_device_loading(built, precision, device=runtime.device),
         meter=DataMeter(
             loader,
@@ -207,8 +288,15 @@ def _build_training(
             gather=gather_objects,
         ),
         trace=open_trace(run, first_step=parts.state.step),
+        telemetry=Telemetry(
+            built.model,
+            optimizer,
+            every=config.resilience.telemetry_every_n_steps,
+            autocast=precision.autocast,
+        ),
         evaluate=partial(_evaluate_epoch, run, built, evaluators, precision),
-        saver=_build_saver(run, parts),
+        saver=saver,
+        supervisor=supervisor,
     )
 
 
@@ -228,7 +316,11 @@ def _build_saver(run: Run, parts: RunParts) -> Saver | None:
     config = run.config
     return Saver(
         config.checkpoint,
-        checkpointer=Checkpointer(run.paths.checkpoints, keep=config.checkpoint.keep_checkpoints),
+        checkpointer=Checkpointer(
+            run.paths.checkpoints,
+            keep=config.checkpoint.keep_checkpoints,
+            keep_every=config.checkpoint.keep_every_n_steps,
+        ),
         parts=parts,
         runtime=run.runtime,
         run_config=config_values(config),
@@ -240,7 +332,7 @@ def _build_saver(run: Run, parts: RunParts) -> Saver | None:
 def _train_and_close(run: Run, reporter: Reporter | None, **parts: Any) -> None:
     results = run.paths.results_jsonl if run.paths else None
     try:
-        train(
+        completed = train(
             reporter=reporter,
             evaluated=lambda: evaluated_epochs(results) if results else set(),
             runtime=run.runtime,
@@ -252,11 +344,12 @@ def _train_and_close(run: Run, reporter: Reporter | None, **parts: Any) -> None:
     finally:
         if reporter is not None:
             reporter.close()
-    logger.info("Finished %s%s.", run.name, f": see {run.paths.root}" if run.paths else "")
+    ending = "Finished" if completed else "Stopped"
+    logger.info("%s %s%s.", ending, run.name, f": see {run.paths.root}" if run.paths else "")
 
 
 def _build_evaluation_only(
-    run: Run, built: BuiltModel, *, evaluators: Sequence[Evaluator], precision: Precision
+    run: Run, built: BuiltModel, *, evaluators: Sequence[Evaluator], precision: Precision, watchdog: Watchdog
 ) -> Callable[[], None]:
     """Without training data the weights are evaluated once, as in OpenCLIP."""
     epoch = 0
@@ -269,7 +362,8 @@ def _build_evaluation_only(
     built.model.to(run.runtime.device)
 
     def run_once() -> None:
-        result = _evaluate_epoch(run, built, evaluators, precision, epoch, last=True)
+        with watchdog.phase("evaluation"):
+            result = _evaluate_epoch(run, built, evaluators, precision, epoch, last=True)
         reporter = build_reporter(run, None, loader_samples=0, first_step=epoch)
         if reporter is not None:
             reporter.evaluation(epoch, result, epoch=epoch)
@@ -318,11 +412,6 @@ def _resume(run: Run, parts: RunParts, *, plan: TrainPlan) -> None:
         samples_per_step=plan.samples_per_step,
         fall_back=names_a_run(run.config.checkpoint.resume),
     )
-
-
-def _base_lr(optimizer: torch.optim.Optimizer) -> float:
-    """The rate that the schedule scales: ``--lr``, or the default of an optimizer that was given none."""
-    return float(optimizer.param_groups[0]["lr"])
 
 
 def _set_device_defaults(device: torch.device) -> None:

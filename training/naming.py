@@ -1,7 +1,7 @@
 """Names a run, lays out its directory, and writes the settings into it.
 
     LOGS/NAME/
-        out.log  params.txt  config.yaml  metrics.jsonl  events.jsonl
+        out.log  params.txt  config.yaml  metrics.jsonl  events.jsonl  telemetry.jsonl
         checkpoints/   epoch_N.pt, epoch_latest.pt, results.jsonl
         tensorboard/
         code/          with --copy-codebase
@@ -51,6 +51,7 @@ class RunPaths:
     trace: Path
     starts_jsonl: Path
     events_jsonl: Path
+    telemetry_jsonl: Path
     leases: Path
     hangs: Path
 
@@ -95,6 +96,7 @@ def run_paths(config: Config, *, name: str, rank: int = 0) -> RunPaths | None:
         trace=root / "trace",
         starts_jsonl=root / STARTS_FILE,
         events_jsonl=root / "events.jsonl",
+        telemetry_jsonl=root / "telemetry.jsonl",
         leases=root / "leases",
         hangs=root / "hangs",
     )

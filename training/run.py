@@ -20,8 +20,11 @@ from training.distributed.start_up import on_first_rank
 from training.losses.build import describe_loss
 from training.naming import RunPaths, choose_run_name, claim_run_directory, params_text, run_paths
 from training.observability.console import ProgressLine, set_up_logging
+from training.observability.events import EventLog
 from training.observability.reporter import Reporter
 from training.observability.sinks import JsonLinesSink, MetricSink, TensorBoardSink, WandbSink
+from training.resilience.lease import Lease, claim_lease
+from training.resilience.sentinel import remove_sentinels
 from training.train import TrainPlan
 from training.validation import report_targets
 
@@ -38,19 +41,23 @@ class Run:
     paths: RunPaths | None
     """None with ``--logs none``."""
     progress: ProgressLine
+    lease: Lease | None
+    """The claim of this start on the run directory; None with ``--logs none``."""
 
 
 def open_run(parsed: Parsed, runtime: Runtime) -> Run:
     """Names the run, claims its directory and starts the log. Collective: all ranks.
 
     Raises:
-        ValueError: the name is taken, or nothing can be written there; on every rank.
+        ValueError: the name is taken, another job owns the run, or nothing can be written there; on every rank.
     """
     config = parsed.config
     name = on_first_rank(lambda: choose_run_name(config, date=datetime.now()), rank=runtime.rank)
     paths = run_paths(config, name=name, rank=runtime.rank)
+    lease = None
     if paths is not None:
-        on_first_rank(lambda: claim_run_directory(paths, config=config), rank=runtime.rank)
+        generation = on_first_rank(lambda: _claim(paths, config), rank=runtime.rank)
+        lease = Lease(paths.leases, generation)
     writes_log = runtime.is_local_main if config.logging.log_local else runtime.is_main
     progress = set_up_logging(
         path=paths.out_log if paths and writes_log else None,
@@ -62,7 +69,15 @@ def open_run(parsed: Parsed, runtime: Runtime) -> Run:
         for notice in parsed.notices:
             logger.warning("%s", notice)
     logger.info("Run %s: rank %d of %d on %s.", name, runtime.rank, runtime.world_size, runtime.device)
-    return Run(config, runtime, name, paths, progress)
+    return Run(config, runtime, name, paths, progress, lease)
+
+
+def _claim(paths: RunPaths, config: Config) -> int:
+    """Makes the run directory this start's own; returns its generation. On rank 0."""
+    claim_run_directory(paths, config=config)
+    generation = claim_lease(paths.leases, take_over=config.resilience.take_over).generation
+    remove_sentinels(paths.root)
+    return generation
 
 
 def agreed_resume_path(run: Run, *, verified: bool = True) -> str | None:
@@ -91,16 +106,20 @@ def build_reporter(run: Run, plan: TrainPlan | None, *, loader_samples: int, fir
         return None
     config, paths = run.config, run.paths
     sinks: list[MetricSink] = []
+    metrics: list[MetricSink] = []
+    details: list[MetricSink] = []
     if paths is not None:
         targets = report_targets(config.logging.report_to)
-        sinks.append(JsonLinesSink(paths.metrics_jsonl, first_step=first_step))
+        metrics.append(JsonLinesSink(paths.metrics_jsonl, first_step=first_step))
+        details.append(JsonLinesSink(paths.telemetry_jsonl, first_step=first_step))
         if "tensorboard" in targets:
             sinks.append(TensorBoardSink(paths.tensorboard, first_step=first_step))
         if "wandb" in targets:
             settings = config_values(config)
             sinks.append(WandbSink(paths.root, config=config.logging, name=run.name, settings=settings))
     return Reporter(
-        sinks=sinks,
+        sinks=[*metrics, *sinks],
+        detail_sinks=[*details, *sinks],
         progress=run.progress,
         results_path=paths.results_jsonl if paths else None,
         samples_per_epoch=loader_samples,
@@ -168,6 +187,13 @@ def record_data(run: Run, loader: TrainLoader, *, first_step: int) -> None:
         }
         with run.paths.starts_jsonl.open("a") as file:
             file.write(json.dumps(start) + "\n")
+
+
+def open_events(run: Run, reporter: Reporter | None, *, first_step: int) -> EventLog | None:
+    """Where rank 0 writes down everything unusual."""
+    if reporter is None or run.paths is None:
+        return None
+    return EventLog(run.paths.events_jsonl, first_step, sinks=reporter.detail_sinks)
 
 
 def open_trace(run: Run, *, first_step: int) -> SampleTrace | None:

@@ -1,6 +1,7 @@
-"""The training loop: batch, learning rate, step, log, save, evaluate.
+"""The training loop: batch, learning rate, step, log, supervise, save, evaluate.
 
 batches on the device -> micro-batches of one step -> TrainStep -> StepMetrics -> Reporter
+                                                                           \\-> Supervisor: go on, save, stop, rewind
                                              \\-> at the end of an epoch: Saver, then evaluation
 """
 
@@ -11,10 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from training.checkpoint.run_state import RunParts
 from training.checkpoint.saver import Saver
-from training.data.batch import Batch, DeviceBatch
+from training.data.batch import Batch, BatchRecord, DeviceBatch
 from training.data.meter import DataMeter
 from training.data.trace import SampleTrace
 from training.distributed.collectives import all_reduce_sum
@@ -22,7 +24,10 @@ from training.distributed.runtime import Runtime
 from training.distributed.start_up import on_first_rank
 from training.observability.metrics import StepClock
 from training.observability.reporter import Reporter
+from training.observability.telemetry import Telemetry
+from training.resilience.guard import VITALS
 from training.state import TrainState
+from training.supervisor import Supervisor
 from training.train_step import StepMetrics, TrainStep
 
 
@@ -49,6 +54,10 @@ class TrainPlan:
         place = step % self.steps_per_epoch
         return place % self.log_every_n_steps == 0 or place == self.steps_per_epoch - 1
 
+    def end_of_epoch(self, place: int) -> int:
+        """Where in the schedule the epoch of ``place`` ends."""
+        return (place // self.steps_per_epoch + 1) * self.steps_per_epoch
+
     def steps_ahead(self, state: TrainState) -> int:
         """How far the place in the schedule is ahead of the steps taken; 0 unless the global batch has changed.
 
@@ -70,42 +79,41 @@ def train(
     load: Callable[[Iterator[Batch]], Iterator[DeviceBatch]],
     meter: DataMeter,
     trace: SampleTrace | None,
+    telemetry: Telemetry | None,
     evaluate: Callable[[int], Mapping[str, float]],
     evaluated: Callable[[], set[int]],
     saver: Saver | None,
+    supervisor: Supervisor,
     reporter: Reporter | None,
     runtime: Runtime,
-) -> None:
+) -> bool:
     """Trains from ``parts.state.step`` to the end of the plan. Collective: all ranks, in step.
 
     Args:
         load: brings the loader's batches to the device.
         trace: where the samples of every step are written down; None with no need to.
+        telemetry: what is measured now and then, layer by layer; None for nothing.
         evaluate: epoch -> metrics; empty when nothing is due. Called on all ranks.
         evaluated: epochs whose evaluation is already on record (asked once, on rank 0).
         saver: None when nothing is to be saved.
         reporter: only on rank 0.
+
+    Returns:
+        Whether the plan was completed; False if a signal stopped the run, which is saved then.
     """
     state = parts.state
     ahead = plan.steps_ahead(state)
-    _catch_up_evaluation(
-        plan, state.step, ahead=ahead, evaluate=evaluate, evaluated=evaluated, reporter=reporter, runtime=runtime
-    )
+    owed = _owed_evaluation(plan, state.step + ahead, evaluated=evaluated, runtime=runtime)
+    if owed is not None:
+        _evaluate(owed, state.step, evaluate=evaluate, saver=saver, supervisor=supervisor, reporter=reporter)
     batches = load(iter(parts.loader))
     clock = StepClock()
     while state.step + ahead < plan.total_steps:
-        step, place = state.step, state.step + ahead  # updates made, and where in the schedule this one stands
+        step, place = state.step, state.step + ahead  # batches consumed, and where in the schedule this one stands
         micro_batches, waited_s = _next_micro_batches(batches, plan.accum_freq)
-        lr = schedule(place)
+        lr = schedule(place) * supervisor.lr_factor
         metrics = train_step(micro_batches, lr=lr)
-        # The batches have become part of the weights: a checkpoint from here on continues after them.
-        for batch in micro_batches:
-            assert batch.record is not None
-            parts.loader.commit(batch.record)
-            if trace is not None:
-                trace.append(step, batch.record.samples)
-        state.step += 1
-        state.samples_seen += plan.samples_per_step
+        _consume(micro_batches, plan, parts=parts, trace=trace)
         clock.add_step(data_wait_s=waited_s)
 
         if plan.logs_metrics(place):
@@ -117,21 +125,77 @@ def train(
                 log_line = plan.logs_line(place)
                 reporter.step(step, numbers, place=place, samples_per_step=plan.samples_per_step, log_line=log_line)
             clock.reset()
+        if telemetry is not None and telemetry.is_due(step):
+            measured = telemetry.measure(micro_batches[-1], skipped=_skipped(metrics))  # host sync
+            supervisor.note_telemetry(step, measured)
+            if reporter is not None:
+                reporter.scalars(step, measured)
 
-        epoch, place_in_epoch = divmod(place + 1, plan.steps_per_epoch)
-        if place_in_epoch == 0:
-            # Saved before it is evaluated: an evaluation can be repeated, the steps cannot.
-            if saver is not None:
-                saver.save_epoch(epoch)
-            _evaluate(epoch, state.step, evaluate=evaluate, reporter=reporter)
-            clock.reset()
-        elif saver is not None and saver.is_due(state.step):
-            saver.save_step(epoch=epoch)
-            clock.reset()
+        epoch, place_in_epoch = divmod(state.step + ahead, plan.steps_per_epoch)
+        due = saver is not None and (place_in_epoch == 0 or saver.is_due(state.step))
+        samples = [_record(batch).samples for batch in micro_batches]
+        decision = supervisor.after_step(step, metrics.vitals, samples, saves=due)
+        if decision.rewind_from is not None and supervisor.rewind(decision.rewind_from):
+            until = min(decision.resume_step, plan.end_of_epoch(place) - ahead)
+            _leave_out(batches, plan, until=until, parts=parts, supervisor=supervisor, trace=trace)
+            epoch, place_in_epoch = divmod(state.step + ahead, plan.steps_per_epoch)
+            decision = decision._replace(save=True)
         if saver is not None:
-            saver.poll()
-    if saver is not None:
-        saver.finish()
+            # Saved before it is evaluated: an evaluation can be repeated, the steps cannot.
+            if place_in_epoch == 0:
+                saver.save_epoch(epoch)
+            elif decision.save or saver.is_due(state.step):
+                saver.save_step(epoch=epoch)
+        if decision.stop and state.step + ahead < plan.total_steps:
+            supervisor.end_by_signal(epoch=epoch)
+            return False
+        if place_in_epoch == 0:
+            _evaluate(epoch, state.step, evaluate=evaluate, saver=saver, supervisor=supervisor, reporter=reporter)
+            clock.reset()
+    supervisor.end()
+    return True
+
+
+def _consume(
+    micro_batches: Sequence[DeviceBatch], plan: TrainPlan, *, parts: RunParts, trace: SampleTrace | None
+) -> None:
+    """The batches have become part of the run: a checkpoint from here on continues after them."""
+    for batch in micro_batches:
+        record = _record(batch)
+        parts.loader.commit(record)
+        if trace is not None:
+            trace.append(parts.state.step, record.samples)
+    parts.state.step += 1
+    parts.state.samples_seen += plan.samples_per_step
+
+
+def _skipped(metrics: StepMetrics) -> Tensor | None:
+    """0-D on the device: above 0 if the step was judged bad."""
+    return None if metrics.vitals is None else metrics.vitals[VITALS.index("bad")]
+
+
+def _record(batch: DeviceBatch) -> BatchRecord:
+    assert batch.record is not None
+    return batch.record
+
+
+def _leave_out(
+    batches: Iterator[DeviceBatch],
+    plan: TrainPlan,
+    *,
+    until: int,
+    parts: RunParts,
+    supervisor: Supervisor,
+    trace: SampleTrace | None,
+) -> None:
+    """Reads batches and does nothing with them: after a rewind, what may have caused the spike is not met again.
+
+    The clock goes on: the schedule, the epochs and the trace count these samples as seen.
+    """
+    while parts.state.step < until:
+        micro_batches, _ = _next_micro_batches(batches, plan.accum_freq)
+        _consume(micro_batches, plan, parts=parts, trace=trace)
+        supervisor.beat(parts.state.step)
 
 
 def _next_micro_batches(batches: Iterator[DeviceBatch], count: int) -> tuple[list[DeviceBatch], float]:
@@ -171,26 +235,27 @@ def _read_source_losses(metrics: StepMetrics, *, names: Sequence[str]) -> dict[s
     return {f"data/source_loss/{name}": total / rows for name, (total, rows) in zip(names, sums, strict=True) if rows}
 
 
-def _catch_up_evaluation(
-    plan: TrainPlan,
-    step: int,
-    *,
-    ahead: int,
-    evaluate: Callable[[int], Mapping[str, float]],
-    evaluated: Callable[[], set[int]],
-    reporter: Reporter | None,
-    runtime: Runtime,
-) -> None:
-    """A run that was killed between saving an epoch and evaluating it does the latter now."""
-    epoch, place = divmod(step + ahead, plan.steps_per_epoch)
+def _owed_evaluation(plan: TrainPlan, place: int, *, evaluated: Callable[[], set[int]], runtime: Runtime) -> int | None:
+    """The epoch that a run saved and did not come to evaluate. Collective: all ranks."""
+    epoch, place_in_epoch = divmod(place, plan.steps_per_epoch)
     known = on_first_rank(evaluated, rank=runtime.rank)  # collective: all ranks
-    if place == 0 and epoch not in known:
-        _evaluate(epoch, step, evaluate=evaluate, reporter=reporter)
+    return epoch if place_in_epoch == 0 and epoch not in known else None
 
 
 def _evaluate(
-    epoch: int, step: int, *, evaluate: Callable[[int], Mapping[str, float]], reporter: Reporter | None
+    epoch: int,
+    step: int,
+    *,
+    evaluate: Callable[[int], Mapping[str, float]],
+    saver: Saver | None,
+    supervisor: Supervisor,
+    reporter: Reporter | None,
 ) -> None:
-    result = evaluate(epoch)  # collective: all ranks
-    if result and reporter is not None:
+    with supervisor.phase("evaluation"):
+        result = evaluate(epoch)  # collective: all ranks
+    if not result:
+        return
+    if reporter is not None:
         reporter.evaluation(step, result, epoch=epoch)
+    if saver is not None:
+        saver.report_metrics(step, result)

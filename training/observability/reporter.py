@@ -20,6 +20,7 @@ class Reporter:
         self,
         *,
         sinks: Sequence[MetricSink],
+        detail_sinks: Sequence[MetricSink] = (),
         progress: ProgressLine,
         results_path: Path | None,
         samples_per_epoch: int,
@@ -27,6 +28,8 @@ class Reporter:
         total_steps: int,
     ) -> None:
         self._sinks = sinks
+        self.detail_sinks = detail_sinks
+        """Where goes what is not measured at every log point: telemetry, saves, events."""
         self._progress = progress
         self._results_path = results_path
         self._samples_per_epoch = samples_per_epoch
@@ -66,6 +69,11 @@ class Reporter:
             remaining_s=remaining_s,
         )
 
+    def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Hands details under their full names to their sinks, without a line."""
+        for sink in self.detail_sinks:
+            sink.write(step, numbers)
+
     def _line(self, step: int, metrics: Mapping[str, float], *, samples_per_step: int, remaining_s: float) -> str:
         epoch, done = divmod(step, self._steps_per_epoch)
         digits = len(str(self._samples_per_epoch))
@@ -93,5 +101,5 @@ class Reporter:
     def close(self) -> None:
         """Flushes every sink."""
         self._progress.clear()
-        for sink in self._sinks:
+        for sink in {*self._sinks, *self.detail_sinks}:
             sink.close()
