@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -169,13 +169,8 @@ class RemoteRun:
         staging = checkpoints / temporary_name(f"{step:08d}", generation=generation, token=token)
         staging.mkdir(parents=True)
         try:
-            with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-                list(pool.map(lambda name: self._download(step, name, manifest.files[name], staging), manifest.files))
-            (staging / MANIFEST_NAME).write_bytes(self.read(step_prefix(step) + MANIFEST_NAME))
-            fsync(staging / MANIFEST_NAME)
+            self.fetch_files(step, manifest, list(manifest.files), staging)
             fsync(staging)
-            if read_manifest(staging) != manifest:
-                raise DamagedCheckpoint(f"{self._name(step)} was replaced while it was read")
             check_usable(staging)
             if final.exists():  # damaged, or it would not be fetched
                 final.rename(checkpoints / temporary_name(f"trash-{step:08d}", generation=generation, token=token))
@@ -185,6 +180,19 @@ class RemoteRun:
             raise
         fsync(checkpoints)
         return final
+
+    def fetch_files(self, step: int, manifest: Manifest, names: Sequence[str], directory: Path) -> None:
+        """Downloads some files of a checkpoint, several at once, and its manifest.
+
+        Raises:
+            DamagedCheckpoint: one is not what was written.
+        """
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+            list(pool.map(lambda name: self._download(step, name, manifest.files[name], directory), names))
+        (directory / MANIFEST_NAME).write_bytes(self.read(step_prefix(step) + MANIFEST_NAME))
+        fsync(directory / MANIFEST_NAME)
+        if read_manifest(directory) != manifest:
+            raise DamagedCheckpoint(f"{self._name(step)} was replaced while it was read")
 
     def _download(self, step: int, name: str, expected: FileFacts, directory: Path) -> None:
         digest, size = hashlib.sha256(), 0

@@ -22,6 +22,7 @@ COMMANDS: dict[str, Command] = {
     "make-demo-data": Command("training.commands.make_demo_data", "write the demo shards and evaluation sets"),
     "demo-result": Command("training.commands.demo_result", "print what a demo run has learned"),
     "data": Command("training.commands.data", "look at, index, time and trace training data"),
+    "checkpoints": Command("training.commands.checkpoints", "list, verify, export, average and mirror checkpoints"),
     "models": Command("training.commands.models", "list model names with parameters and cost"),
 }
 
