@@ -1,12 +1,22 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from training.checkpoint.export import delete_epoch_file, newest_epoch_file, read_epoch_file, write_epoch_file
+from tests.checkpoint.tiny_run import build_saver, tiny_parts, train_steps
+from training.checkpoint.export import (
+    delete_epoch_file,
+    export_epoch_file,
+    newest_epoch_file,
+    read_epoch_file,
+    write_epoch_file,
+)
+from training.checkpoint.run_state import RunParts
 
 CONTENT = {
     "epoch": 3,
@@ -94,3 +104,95 @@ def test_previous_epoch_files_can_be_deleted(tmp_path: Path) -> None:
     delete_epoch_file(tmp_path, epoch=1)
     delete_epoch_file(tmp_path, epoch=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def _saved(root: Path, **settings: object) -> tuple[RunParts, Path]:
+    parts = tiny_parts()
+    train_steps(parts, 2)
+    saver = build_saver(root, parts, **settings)
+    saver.save_epoch(1)
+    saver.finish()
+    return parts, root / "step_00000002"
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right) and left.dtype == right.dtype
+    if isinstance(left, dict):
+        return list(left) == list(right) and all(_equal(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return type(left) is type(right) and all(_equal(*pair) for pair in zip(left, right, strict=True))
+    return type(left) is type(right) and left == right
+
+
+def test_the_epoch_file_made_from_a_checkpoint_is_what_the_live_state_would_give(tmp_path: Path) -> None:
+    parts, _ = _saved(tmp_path, save_most_recent=True)
+    for name in ("epoch_1.pt", "epoch_latest.pt"):
+        content = torch.load(tmp_path / name, weights_only=True)
+        assert list(content) == ["epoch", "name", "state_dict", "optimizer", "global_step", "samples_seen"]
+        assert (content["epoch"], content["name"], content["global_step"], content["samples_seen"]) == (1, "run", 2, 8)
+        assert _equal(dict(parts.model.state_dict()), content["state_dict"])
+        assert content["optimizer"]["state"].keys() == parts.optimizer.state_dict()["state"].keys()
+        for index, state in parts.optimizer.state_dict()["state"].items():
+            assert all(torch.equal(value, content["optimizer"]["state"][index][key]) for key, value in state.items())
+        for ours, live in zip(
+            content["optimizer"]["param_groups"], parts.optimizer.state_dict()["param_groups"], strict=True
+        ):
+            assert ours == live
+            assert all(type(ours[key]) is type(live[key]) for key in live)
+
+
+def test_one_tensor_of_an_exported_file_does_not_drag_the_others_along(tmp_path: Path) -> None:
+    _saved(tmp_path)
+    content = torch.load(tmp_path / "epoch_1.pt", weights_only=True)
+    assert content["state_dict"]["logit_scale"].untyped_storage().nbytes() == 4
+
+
+def test_an_epoch_file_without_the_optimizer_holds_the_weights(tmp_path: Path) -> None:
+    _, step = _saved(tmp_path)
+    export_epoch_file(step, tmp_path / "w.pt", name="other", with_optimizer=False)
+    content = torch.load(tmp_path / "w.pt", weights_only=True)
+    assert (content["name"], "optimizer" in content) == ("other", False)
+
+
+def test_a_directory_of_the_first_format_has_no_optimizer_settings_to_export(tmp_path: Path) -> None:
+    _, step = _saved(tmp_path)
+    train = json.loads((step / "train.json").read_text())
+    del train["param_groups"]
+    (step / "train.json").write_text(json.dumps(train))
+    with pytest.raises(ValueError, match="an earlier version.*only its weights can be exported"):
+        export_epoch_file(step, tmp_path / "x.pt", name="run")
+
+
+def test_only_the_file_of_the_epoch_before_is_deleted_on_request(tmp_path: Path) -> None:
+    parts = tiny_parts()
+    saver = build_saver(tmp_path, parts, delete_previous_checkpoint=True)
+    for epoch in (1, 2, 3):
+        train_steps(parts)
+        saver.save_epoch(epoch)
+    saver.finish()
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["epoch_3.pt"]
+
+
+def test_a_step_that_is_saved_already_only_gets_its_epoch_file(tmp_path: Path) -> None:
+    parts = tiny_parts()
+    saver = build_saver(tmp_path, parts)
+    saver.save_step(epoch=0)
+    saver.save_epoch(1)
+    saver.finish()
+    assert [saved.step for saved in saver.poll()] == [0]
+    assert torch.load(tmp_path / "epoch_1.pt", weights_only=True)["epoch"] == 1
+
+
+def test_an_epoch_file_that_cannot_be_written_is_a_failed_save_and_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos")  # what torch makes of a full disk
+
+    saver = build_saver(tmp_path, tiny_parts())
+    monkeypatch.setattr(torch, "save", full)
+    saver.save_epoch(3)
+    with pytest.raises(RuntimeError, match=r"The last save of the run failed \(epoch_3.pt: RuntimeError.*enforce fail"):
+        saver.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step_00000000"]

@@ -23,6 +23,11 @@ def all_of_them() -> dict[str, object]:
         "ragged": collectives.all_gather_rows(ragged),
         "sum": collectives.all_reduce_sum(torch.tensor([1.0, rank])),
         "max": collectives.all_reduce_max(torch.tensor([1.0, rank])),
+        "tensors": [
+            collectives.broadcast_tensor(torch.full((2, 2), rank, dtype=dtype), collectives.world_size() - 1)
+            for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.int64)
+        ],
+        "number": collectives.broadcast_tensor(torch.tensor(float(rank)), 0),
         "first": collectives.broadcast_object({"from": rank}),
         "all": collectives.gather_objects(f"rank {rank}"),
     }
@@ -49,6 +54,8 @@ def test_with_two_processes_each_sees_the_same_and_gets_the_gradient_of_both():
         assert torch.equal(found["sum"], torch.tensor([2.0, 1.0]))
         assert torch.equal(found["max"], torch.tensor([1.0, 1.0]))
         assert (found["first"], found["all"]) == ({"from": 0}, ["rank 0", "rank 1"])
+        assert [tensor.float().tolist() for tensor in found["tensors"]] == [[[1.0, 1.0], [1.0, 1.0]]] * 4
+        assert found["number"] == 0.0
 
 
 def raise_on_rank_one() -> None:

@@ -27,11 +27,14 @@ _EPOCH_NAME = re.compile(r"epoch_(\d+)\.pt")
 LATEST_NAME = "epoch_latest.pt"
 
 
-def epoch_content(step_directory: Path, *, name: str, with_optimizer: bool = True) -> dict[str, Any]:
+def epoch_content(
+    step_directory: Path, *, name: str, epoch: int | None = None, with_optimizer: bool = True
+) -> dict[str, Any]:
     """What ``epoch_N.pt`` holds, out of a step checkpoint: OpenCLIP's keys. Tensors stay on the disk until looked at.
 
     Args:
         name: the run's.
+        epoch: completed epochs, if the checkpoint was saved before that was counted.
 
     Raises:
         DamagedCheckpoint: a file that cannot be read. It is not verified: the caller has done that.
@@ -40,7 +43,7 @@ def epoch_content(step_directory: Path, *, name: str, with_optimizer: bool = Tru
     manifest, train = read_manifest(step_directory), read_train(step_directory)
     weights = read_parts(step_directory, manifest, "model")
     content: dict[str, Any] = {
-        "epoch": int(train["epoch"]),
+        "epoch": int(train["epoch"]) if epoch is None else epoch,
         "name": name,
         "state_dict": {key: weights[key] for key in train.get("weights", sorted(weights))},
     }

@@ -285,7 +285,7 @@ class Saver:
             self._checkpointer.check_fence()
             written = write_epoch_file(
                 self._checkpointer.root,
-                epoch_content(directory, name=self._name),
+                epoch_content(directory, name=self._name, epoch=files.epoch),
                 epoch=files.epoch,
                 numbered=files.numbered,
                 latest=files.latest,
