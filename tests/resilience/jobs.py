@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import queue
 import signal
 import time
 from collections.abc import Callable
@@ -60,6 +61,10 @@ def sleep_in_a_step() -> None:
     time.sleep(60)
 
 
+def wait_for_data() -> None:
+    queue.Queue[None]().get()
+
+
 def hold_the_interpreter() -> None:
     ctypes.PyDLL(None).sleep(60)
 
@@ -69,5 +74,6 @@ def nothing() -> None:
 
 
 _HANGS: dict[str, Callable[[], None]] = {
-    function.__name__: function for function in (stop_itself, sleep_in_a_step, hold_the_interpreter, nothing)
+    function.__name__: function
+    for function in (stop_itself, sleep_in_a_step, wait_for_data, hold_the_interpreter, nothing)
 }

@@ -11,6 +11,7 @@ import faulthandler
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _INTERVAL_S = 1.0
 _CLOSE_S = 5.0
+_BLOCKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT, signal.SIGHUP)
+"""They are sent to the whole process group, and meant for the rank, which decides when it ends."""
 
 
 class Heartbeat:
@@ -45,7 +48,13 @@ class Heartbeat:
         command = [sys.executable, "-I", "-S", str(heartbeat_monitor.__file__)]
         where = str(directory.resolve()) if directory is not None else ""
         arguments = [str(rank), str(os.getpid()), str(timeout_s), str(stacks), where]
-        self._monitor = subprocess.Popen([*command, *arguments], stdin=subprocess.PIPE, bufsize=0, pass_fds=(stacks,))
+        # Blocked from the monitor's first moment on, as it inherits what is blocked here.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
+        try:
+            pipe = subprocess.PIPE
+            self._monitor = subprocess.Popen([*command, *arguments], stdin=pipe, bufsize=0, pass_fds=(stacks,))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(stacks)
         assert self._monitor.stdin is not None
         self._beats = self._monitor.stdin.fileno()

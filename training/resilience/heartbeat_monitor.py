@@ -31,8 +31,6 @@ _BEATS = 0
 """Standard input."""
 _DUMP_S = 1.0
 """How long writing the stacks may take."""
-_IGNORED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGQUIT", "SIGHUP")
-"""They are sent to the whole process group, and meant for the rank, which decides when it ends."""
 
 
 class Task(NamedTuple):
@@ -50,8 +48,6 @@ class Task(NamedTuple):
 def main(arguments: list[str]) -> None:
     """Watches until the rank is done, has ended, or is killed."""
     rank, pid, timeout_s, dump_fd, directory = arguments
-    for name in _IGNORED:
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
     task = Task(int(rank), int(pid), float(timeout_s), int(dump_fd), directory)
     tick_s = min(1.0, task.timeout_s / 10)
     silent_s, last = 0.0, time.monotonic()

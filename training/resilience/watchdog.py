@@ -17,6 +17,7 @@ import logging
 import os
 import socket
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ _SETTLE_S = 4.0
 _STAND_IN_S = 3.0
 """How long after that the others wait for the verdict of the rank that posted first."""
 _CODE = tuple(str(Path(__file__).resolve().parents[2] / name) for name in ("training", "models"))
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 _COLLECTIVES = str(Path(__file__).resolve().parents[1] / "distributed")
 
 
@@ -217,17 +219,21 @@ def _write_stacks(file: IO[str], note: Note) -> None:
 
 
 def _where() -> str:
-    """The innermost line of ours that the main thread is in, or the innermost line of all."""
+    """The innermost line of ours that the main thread is in, or of anybody's but the libraries'."""
     innermost = sys._current_frames().get(threading.main_thread().ident or 0)
     if innermost is None:
         return "an unknown place"
-    frame: FrameType | None = innermost
-    while frame is not None and not _is_ours(frame.f_code.co_filename):
-        frame = frame.f_back
-    frame = frame or innermost
+    frames = list(_outwards(innermost))
+    ours = [frame for frame in frames if frame.f_code.co_filename.startswith(_CODE)]
+    callers = [frame for frame in ours if not frame.f_code.co_filename.startswith(_COLLECTIVES)]
+    others = [frame for frame in frames if not frame.f_code.co_filename.startswith(_LIBRARIES)]
+    frame = (callers or ours or others or frames)[0]
     path = Path(frame.f_code.co_filename)
     return f"{'/'.join(path.parts[-2:])}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
-def _is_ours(filename: str) -> bool:
-    return filename.startswith(_CODE) and not filename.startswith(_COLLECTIVES)
+def _outwards(innermost: FrameType) -> Iterator[FrameType]:
+    frame: FrameType | None = innermost
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
