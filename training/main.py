@@ -36,9 +36,10 @@ from training.data.meter import DataMeter
 from training.data.prefetch import load_to_device, pin
 from training.data.storage import StorageError
 from training.distributed.collectives import all_reduce_sum, gather_objects
-from training.distributed.failure import JobEnd, fail_together
+from training.distributed.failure import fail_together
 from training.distributed.flight_recorder import FlightRecorder
 from training.distributed.hang_board import HangBoard
+from training.distributed.job_end import JobEnd
 from training.distributed.parallelize import parallelize
 from training.distributed.runtime import Runtime, close_runtime, start_runtime
 from training.evaluation.evaluate import build_evaluators, evaluate
