@@ -144,7 +144,7 @@ def test_the_largest_attention_logit_is_that_of_the_written_out_product(causal):
         for i in range(7)
         for j in range(i + 1 if causal else 7)
     )
-    assert float(max_attention_logit(attention, tokens)) == pytest.approx(largest, rel=1e-4)
+    assert max_attention_logit(attention, tokens).item() == pytest.approx(largest, rel=1e-4)
 
 
 def test_the_largest_logit_of_a_tower_is_over_its_blocks():
