@@ -162,6 +162,20 @@ def test_rewinds_with_progress_in_between_do_not_end_the_run():
         observe(escalation, [CALM] * 1500, start=start + 300)
 
 
+def test_a_rewind_that_did_not_help_asks_for_new_statistics():
+    escalation = Escalation(ResilienceConfig(guard_max_rewinds=9))
+    rewinds = [trouble(escalation, start) for start in (1000, 1300, 3000)]
+    assert [rewind.settle for rewind in rewinds if isinstance(rewind, Rewind)] == [False, True, False]
+
+
+def test_a_run_that_has_nothing_to_go_back_to_goes_on_and_is_stopped_in_the_end():
+    escalation = Escalation(ResilienceConfig(guard_max_rewinds=2))
+    for start in (20, 33):
+        assert isinstance(trouble(escalation, start), Rewind)
+        escalation.go_on(start + 13)  # two more steps were under way
+    assert isinstance(trouble(escalation, 46), Stop)
+
+
 def test_no_rewind_is_made_where_none_is_allowed():
     assert isinstance(trouble(Escalation(ResilienceConfig(guard_max_rewinds=0)), 1000), Stop)
 

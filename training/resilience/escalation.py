@@ -12,7 +12,8 @@
            than 1000 steps after the one before
 
 NaN in the weights makes every step bad, so it is rewound as L2 does and stopped as L4 does. A lasting change of level,
-of the data for instance, is skipped ten times, rewound, and then part of new statistics: it cannot stall a run.
+of the data for instance, is rewound as well; if that did not help, the second rewind asks for new statistics, which the
+new level is part of. So it cannot stall a run.
 
 Every rank observes the same numbers, so all come to the same decisions without asking each other.
 
@@ -81,12 +82,15 @@ class Rewind:
 
     The checkpoint: the newest good one at least ``REWIND_MARGIN`` steps before ``onset``, else the newest before it.
     The data: batches up to step ``resume_step`` are read and left out; a caller that is further already stays there.
+    Without any checkpoint to go back to, the caller says so with ``Escalation.go_on``, and settles the guard.
     """
 
     step: int
     onset: int
     resume_step: int
     reason: str
+    settle: bool = False
+    """The last rewind did not help: the guard's statistics are to be forgotten, not taken from the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,10 @@ class Escalation:
             return []
         return [self._damp(step, f"update RMS above {LARGE_UPDATE_RMS} on {share:.0%} of the tensors")]
 
+    def go_on(self, step: int) -> None:
+        """A rewind could not be made: steps from ``step`` on are observed, and none is left out. It counts as tried."""
+        self._resume_step = self._clean_since = min(self._resume_step, step)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything in JSON types."""
         return {
@@ -242,7 +250,7 @@ class Escalation:
         self._skips.clear()
         self._overflows = 0
         self._spike = _SpikeDetector(warmup=self._config.guard_warmup)
-        return Rewind(step, onset, self._resume_step, reason)
+        return Rewind(step, onset, self._resume_step, reason, settle=self._rewinds > 1)
 
     def _damp(self, step: int, reason: str) -> Damp:
         self._damped_until = step + self._config.guard_damp_steps
