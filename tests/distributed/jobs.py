@@ -15,8 +15,11 @@ import torch.distributed as dist
 from training.config import EngineConfig
 from training.distributed.collectives import all_reduce_sum, barrier
 from training.distributed.failure import fail_together
+from training.distributed.job_end import JobEnd
 from training.distributed.parallelize import parallelize
 from training.distributed.runtime import Runtime, close_runtime, start_runtime
+
+job_end = JobEnd()
 
 
 def clean(runtime: Runtime) -> None:
@@ -92,6 +95,31 @@ def host_is_killed_while_the_other_computes(runtime: Runtime) -> None:
     time.sleep(60)
 
 
+def host_is_killed_while_the_other_waits(runtime: Runtime) -> None:
+    """The other loses the collective and the store in the same moment."""
+    time.sleep(0.7)  # the neighbours have met
+    if runtime.rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    all_reduce_sum(torch.ones(1))
+
+
+def blames_the_other_from_a_thread(runtime: Runtime) -> None:
+    """What a watchdog does; the rank to blame is stopped."""
+    time.sleep(0.7)
+    if runtime.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    job_end.last_act = lambda: print("last act", file=sys.stderr)
+    threading.Thread(target=lambda: job_end.fail(1, 95, "planted hang", (1,))).start()
+    all_reduce_sum(torch.ones(1))
+
+
+def ends_alone(runtime: Runtime) -> None:
+    """A single process, with a last act that fails."""
+    job_end.last_act = lambda: 1 / 0
+    threading.Thread(target=lambda: job_end.fail(0, 95, "planted hang")).start()
+    time.sleep(60)
+
+
 def exits_with_a_code(runtime: Runtime) -> None:
     if runtime.rank == 1:
         sys.exit(7)
@@ -124,10 +152,11 @@ def fails_while_the_other_computes_briefly(runtime: Runtime) -> None:
 
 
 def main(name: str, *, guarded: bool = True) -> None:
+    global job_end
     # "nonsense" is refused on the rank that gets it, while the others already wait for it in the group.
     device = "nonsense" if f"{name}@{os.environ['RANK']}" == "clean_without_a_device@1" else "cpu"
     runtime = start_runtime(EngineConfig(device=device))
-    with fail_together(runtime) if guarded else contextlib.nullcontext():
+    with fail_together(runtime) if guarded else contextlib.nullcontext(JobEnd()) as job_end:
         globals()[name.removesuffix("_without_a_device")](runtime)
     if guarded:
         close_runtime(runtime)

@@ -84,9 +84,32 @@ def test_a_killed_rank_takes_the_other_with_it_within_seconds(run_job, job, kill
     ended = run_job(job)
     assert ended.codes[killed] == -9
     assert ended.codes[1 - killed] == 1
-    assert ended.seconds < 10
+    assert ended.seconds < 5
     assert f"rank {killed} failed first" in ended.stderr[1 - killed]
     assert said in ended.stderr[1 - killed]
+
+
+def test_the_host_of_the_store_is_named_by_a_rank_that_was_in_a_collective_with_it(run_job):
+    ended = run_job("host_is_killed_while_the_other_waits")
+    assert ended.codes == [-9, 1]
+    assert ended.seconds < 5
+    assert "rank 0 failed first: its process or the launcher on its node is gone" in ended.stderr[1]
+
+
+def test_a_rank_that_hangs_is_killed_by_its_neighbour_and_named_with_the_given_code(run_job):
+    ended = run_job("blames_the_other_from_a_thread")
+    assert ended.codes == [95, -9]
+    assert ended.seconds < 5
+    assert "rank 1 failed first: \nplanted hang" in ended.stderr[0]
+    assert "Killing rank 1, process" in ended.stderr[0]
+    assert "last act" in ended.stderr[0]
+
+
+def test_a_single_process_is_ended_from_a_thread_whatever_its_last_act_does(run_job):
+    ended = run_job("ends_alone", ranks=1)
+    assert ended.codes == [95]
+    assert "rank 0 failed: planted hang" in ended.stderr[0]
+    assert "on the way out: ZeroDivisionError" in ended.stderr[0]
 
 
 @pytest.mark.parametrize(("job", "code"), [("exits_with_a_code", 7), ("is_interrupted", 130), ("exits_with_zero", 0)])

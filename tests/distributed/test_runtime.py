@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.distributed.jobs import main_at
 from tests.distributed.launch import current_runtime, free_port, run_ranks, start_ranks
-from training.config import EngineConfig
-from training.distributed.runtime import Place, Runtime, read_place, start_runtime
+from training.config import EngineConfig, ResilienceConfig
+from training.distributed.collectives import all_reduce_sum, barrier
+from training.distributed.flight_recorder import FlightRecorder, LastCollective, enable_recording
+from training.distributed.runtime import Place, Runtime, collective_timeout, read_place, start_runtime
 
 SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
@@ -118,3 +123,40 @@ def test_processes_meet_at_the_address_of_dist_url():
     for process in ranks:
         process.join(timeout=30)
     assert [process.exitcode for process in ranks] == [0, 0]
+
+
+def test_a_collective_waits_longer_than_the_watchdog():
+    """Whichever of its times is the longest; and never less than without one."""
+    short = ResilienceConfig(timeout_start=5, timeout_step=5, timeout_evaluation=5)
+    assert collective_timeout(short) == timedelta(minutes=30)
+    assert collective_timeout(ResilienceConfig()) == timedelta(minutes=62)
+    assert collective_timeout(ResilienceConfig(timeout_step=7200)) == timedelta(minutes=122)
+
+
+def last_collectives(directory: Path) -> tuple[LastCollective | None, LastCollective | None, bool]:
+    before = FlightRecorder().last()
+    barrier()
+    all_reduce_sum(torch.ones(1))
+    FlightRecorder().write(directory / f"{current_runtime().rank}.json")
+    return before, FlightRecorder().last(), "TORCH_FR_BUFFER_SIZE" in os.environ
+
+
+def test_the_last_collective_of_a_rank_is_on_record(tmp_path):
+    for before, after, is_set in run_ranks(2, last_collectives, tmp_path):
+        assert before is None
+        assert after == LastCollective("all_reduce", 2, started=-1, waiting=False)
+        assert is_set
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.json", "1.json"]
+
+
+@pytest.mark.parametrize("name", ["TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"])
+def test_a_given_size_of_the_record_is_kept(name):
+    environment = {name: "7"}
+    enable_recording(environment)
+    assert environment == {name: "7"}
+
+
+def test_a_single_process_has_no_record(tmp_path):
+    assert FlightRecorder().last() is None
+    FlightRecorder().write(tmp_path / "record.json")
+    assert not list(tmp_path.iterdir())
