@@ -235,12 +235,14 @@ def test_a_rewind_takes_the_weights_back_and_the_counters_stay(tmp_path: Path) -
     assert not saver.tag_good(9)
     train_steps(parts)
     saver.save_step(epoch=0)
+    assert saver.can_rewind(onset=3)
     assert saver.rewind(onset=3) == 2
     assert same(state_of(parts), states[2])
     assert (parts.state.step, parts.state.samples_seen) == (4, 16)
     assert Checkpointer(tmp_path).tags().suspect == {3, 4}
     assert saver.save_now_and_wait(0, "rewind")
     assert torch.equal(read_step_checkpoint(tmp_path / "step_00000004").model["visual.proj"], states[2]["visual.proj"])
+    assert not saver.can_rewind(onset=1)
     with pytest.raises(DamagedCheckpoint, match="no checkpoint to go back to"):
         saver.rewind(onset=1)
 

@@ -188,6 +188,12 @@ class Saver:
         self._writer.wait()
         return bool(rewind_order(self._checkpointer.steps(), self._checkpointer.tags(), onset=onset))
 
+    def can_rewind(self, onset: int) -> bool:
+        """Whether there is a checkpoint from before ``onset``, once what is being written is there. On rank 0."""
+        self._writer.wait()
+        self._settle()
+        return bool(rewind_order(self._checkpointer.steps(), self._checkpointer.tags(), onset=onset))
+
     def rewind(self, onset: int) -> int:
         """Takes the parts back to the best checkpoint from before ``onset``; returns its step. Collective: all ranks.
 
