@@ -184,11 +184,6 @@ class Saver:
         return self._checkpointer.tag_suspect(from_step, coming=coming)
 
     def can_rewind(self, onset: int) -> bool:
-        """Whether there is a checkpoint from before ``onset``. On rank 0."""
-        self._writer.wait()
-        return bool(rewind_order(self._checkpointer.steps(), self._checkpointer.tags(), onset=onset))
-
-    def can_rewind(self, onset: int) -> bool:
         """Whether there is a checkpoint from before ``onset``, once what is being written is there. On rank 0."""
         self._writer.wait()
         self._settle()
