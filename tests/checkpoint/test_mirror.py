@@ -320,6 +320,18 @@ def test_a_process_that_lost_the_run_changes_nothing(run: Path, bucket: UploadBu
     assert bucket.requests("PUT") == []
 
 
+def test_the_later_of_two_that_mirror_to_one_place_wins(run: Path, bucket: UploadBucket, tmp_path: Path) -> None:
+    """Two machines with a directory each do not see each other's lease."""
+    first, second = mirror_of(run, bucket.url("run")), mirror_of(tmp_path / "other", bucket.url("run"))
+    first.check(continues=False)
+    assert first.upload_once()
+    second.check(continues=True)
+    save(run, 30)
+    assert not first.upload_once()
+    assert "another start of this run mirrors to" in str(first.status.last_error)
+    assert whole_steps(bucket.url("run")) == [10, 20]
+
+
 def test_the_thread_uploads_in_the_background_and_at_the_end(run: Path, bucket: UploadBucket) -> None:
     mirror = mirror_of(run, bucket.url("run"))
     mirror.start()

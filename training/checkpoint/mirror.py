@@ -16,6 +16,7 @@ import logging
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -51,7 +52,9 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 FINISH_TIMEOUT_S = 600.0
-"""For what is left to upload when a run is done. After a signal there is less: pass what the job has."""
+"""For what is left to upload when a run is done."""
+SIGNAL_TIMEOUT_S = 20.0
+"""For the same when a signal has ended the run: the job is killed soon, and its next start uploads the rest."""
 _FINAL_PAUSE_S = 2.0
 
 
@@ -105,7 +108,9 @@ class Mirror:
         self._every_s = every_s
         self._keep = keep
         self._keep_every = keep_every
-        self._fence = fence or (lambda: None)
+        self._fence = fence
+        self._mark: bytes | None = None
+        """What this start has written there; whoever mirrors later writes another."""
         self._options = options
         self._checkpointer = Checkpointer(run / CHECKPOINTS)
         self._sent = SentFiles(run, url=store.url)
@@ -141,9 +146,11 @@ class Mirror:
                     f"{self._store.url} holds checkpoints of another run of this name, up to step {steps[-1]}: pass "
                     "--resume latest to go on from there, or another --name or --remote-sync."
                 )
-            mark = json.dumps({"host": socket.gethostname(), "time": time.time()}).encode() + b"\n"
+            facts = {"host": socket.gethostname(), "directory": str(self._run.resolve()), "time": time.time()}
+            mark = json.dumps(facts | {"start": uuid.uuid4().hex}).encode() + b"\n"
             self._patiently("Writing", lambda: self._store.write(MARK_NAME, mark))
-            if self._patiently("Reading", lambda: self._store.read(MARK_NAME)) != mark:
+            self._mark = self._patiently("Reading", lambda: self._store.read(MARK_NAME))
+            if self._mark != mark:
                 raise RuntimeError(f"{self._store.url}/{MARK_NAME} reads otherwise than it was written.")
         except RemoteRefused as error:
             raise ValueError(f"--remote-sync: {error}") from error
@@ -221,7 +228,7 @@ class Mirror:
                 self._abandoned.wait(_FINAL_PAUSE_S)
 
     def _round(self, *, final: bool) -> None:
-        self._fence()
+        self._check_owner()
         self._skipped = False
         self._listing = self._patiently("Listing", self._store.list)
         self._confirmed &= set(files_by_step(self._listing))
@@ -252,7 +259,7 @@ class Mirror:
                 self._skipped = True
                 logger.warning("Not mirrored, since it is damaged here: %s.", damage)
             return
-        self._fence()
+        self._check_owner()
         self._write(step_prefix(step) + MANIFEST_NAME, data, local=f"sha256:{manifest.sha256}")
         self._confirmed.add(step)
         logger.info("Mirrored %s to %s.", directory.name, self._store.url)
@@ -336,11 +343,24 @@ class Mirror:
     def _delete(self, keys: list[str]) -> None:
         if not keys:
             return
-        self._fence()
+        self._check_owner()
         self._forget(keys)
         self._patiently("Deleting", lambda: self._store.delete(keys))
         for key in keys:
             self._listing.pop(key, None)
+
+    def _check_owner(self) -> None:
+        """Before changes that readers see. Raises what the fence raises, or RemoteRefused."""
+        if self._fence is not None:
+            self._fence()
+        if self._mark is None:
+            return
+        found = self._patiently("Reading", lambda: self._store.read(MARK_NAME))
+        if found != self._mark:
+            raise RemoteRefused(
+                f"another start of this run mirrors to {self._store.url} by now "
+                f"({found.decode(errors='replace').strip()})."
+            )
 
     def _forget(self, keys: list[str]) -> None:
         """Before something changes there: killed in between, we send it again."""

@@ -1,0 +1,90 @@
+"""Connects a run with its mirror: what ``--remote-sync`` and ``--resume URL`` mean at the start and at the end.
+
+claimed -> bring_back: history, newest checkpoint -> resume -> open_mirror, checked -> train -> finish
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from training.checkpoint.manifest import DamagedCheckpoint
+from training.checkpoint.mirror import Mirror
+from training.checkpoint.mirror_fetch import CHECKPOINTS, RemoteRun, fetch_history, fetch_newest, fetch_url
+from training.checkpoint.mirror_store import RemoteStore, open_store
+from training.config import CheckpointConfig
+
+logger = logging.getLogger(__name__)
+
+
+def bring_back(config: CheckpointConfig, *, run: Path, name: str, generation: int = 0) -> None:
+    """What the mirror has and the run directory lacks, for ``--resume latest``. On rank 0, before the log is opened.
+
+    The directory has to be claimed. If the newest whole checkpoint is here, nothing is downloaded.
+
+    Raises:
+        ValueError: not a URL that can be used. StorageError: it cannot be read.
+        DamagedCheckpoint: there are checkpoints, and none is whole at either place.
+    """
+    if config.remote_sync is None or config.resume != "latest":
+        return
+    remote = RemoteRun(_store(config, name))
+    fetched = fetch_history(remote, run)
+    if fetched:
+        logger.info("Fetched %d files of the run's history from %s.", len(fetched), remote.store.url)
+    try:
+        fetch_newest(remote, run / CHECKPOINTS, generation=generation)
+    except DamagedCheckpoint:
+        if not config.allow_restart_from_zero:
+            raise
+        logger.warning("No checkpoint of %s is whole at %s either.", name, remote.store.url)
+
+
+def is_remote_run(resume: str) -> bool:
+    """Whether ``--resume`` names a mirrored run or checkpoint, and not a single ``.pt`` file."""
+    return "://" in resume and not resume.endswith(".pt")
+
+
+def fetch_resume(config: CheckpointConfig, *, checkpoints: Path | None, generation: int = 0) -> str:
+    """The local directory of the checkpoint that ``--resume URL`` names. On rank 0.
+
+    Raises:
+        ValueError: there is no run directory to fetch into, or nothing at the URL. DamagedCheckpoint, StorageError.
+    """
+    assert config.resume is not None
+    if checkpoints is None:
+        raise ValueError("--resume URL with --logs none: there is no run directory to fetch the checkpoint into.")
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    protocol = config.remote_sync_protocol if config.remote_sync is not None else None
+    return str(fetch_url(config.resume, checkpoints, protocol=protocol, generation=generation))
+
+
+def open_mirror(
+    config: CheckpointConfig, *, run: Path, name: str, fence: Callable[[], None] | None = None
+) -> Mirror | None:
+    """The mirror of a run, checked but not started; None without ``--remote-sync``. On rank 0, before the first step.
+
+    Raises:
+        ValueError: it cannot be written, or holds another run of this name. RuntimeError: the storage does not work.
+    """
+    if config.remote_sync is None:
+        return None
+    store = _store(config, name)
+    mirror = Mirror(
+        run,
+        store,
+        every_s=config.remote_sync_frequency,
+        keep=max(2, config.keep_checkpoints),
+        keep_every=config.keep_every_n_steps,
+        fence=fence,
+    )
+    resume = (config.resume or "").rstrip("/")
+    # What is here was fetched from there, or has been there before: --resume latest never overlooks a newer one.
+    mirror.check(continues=resume == "latest" or resume.startswith(store.url))
+    return mirror
+
+
+def _store(config: CheckpointConfig, name: str) -> RemoteStore:
+    assert config.remote_sync is not None
+    return open_store(f"{config.remote_sync.rstrip('/')}/{name}", protocol=config.remote_sync_protocol)
