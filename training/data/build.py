@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from models.tokenizer import Tokenizer
 from training.config import DataConfig, ImageConfig
 from training.data.csv_reader import CsvSource, CsvTable
 from training.data.decode import SampleDecoder
+from training.data.identity import SourceDigests, digest_sources
 from training.data.jsonl_reader import JsonlTable
 from training.data.lane_reader import Source
 from training.data.lanes import Deal
@@ -97,7 +99,7 @@ def build_train_loader(
     Raises:
         ValueError: no such data, an unknown number of samples, or too little data for the ranks.
     """
-    source, num_samples, digest = _build_source(config, preprocess=preprocess, seed=seed)
+    source, num_samples, digests = _build_source(config, preprocess=preprocess, seed=seed)
     num_batches, epoch_samples = epoch_length(
         config, num_samples=num_samples, world_size=world_size, kind=_type(config)
     )
@@ -111,7 +113,13 @@ def build_train_loader(
     block = config.shuffle_block or choose_block(num_lanes, world_size=world_size)
     return TrainLoader(
         source,
-        identity=StreamIdentity(seed, config.dataset_resampled, digest),
+        identity=StreamIdentity(
+            seed,
+            config.dataset_resampled,
+            *digests,
+            slots_per_epoch=source.slots_per_epoch,
+            slot_samples=num_samples / source.slots_per_epoch,
+        ),
         deal=Deal(num_lanes, block, seed),
         rank=rank,
         world_size=world_size,
@@ -166,8 +174,8 @@ def _type(config: DataConfig) -> str:
     return resolve_dataset_type(config, config.train_data, flag="--train-data")
 
 
-def _build_source(config: DataConfig, *, preprocess: PreprocessConfig, seed: int) -> tuple[Source, int, str]:
-    """(source, samples per epoch, digest of what is read)."""
+def _build_source(config: DataConfig, *, preprocess: PreprocessConfig, seed: int) -> tuple[Source, int, SourceDigests]:
+    """(source, samples per epoch, digests of what is read)."""
     kind = _type(config)
     if kind == "synthetic":
         return _synthetic_source(config, preprocess=preprocess, seed=seed)
@@ -176,25 +184,27 @@ def _build_source(config: DataConfig, *, preprocess: PreprocessConfig, seed: int
     assert config.train_data is not None
     if kind != "webdataset":
         table = read_table(config, config.train_data, kind, flag="--train-data")
-        return CsvSource(table, seed=seed), len(table), table.digest
+        return CsvSource(table, seed=seed), len(table), SourceDigests(table.digest)
     shards = expand_shards(config.train_data, upsampling_factors=config.train_data_upsampling_factors)
     num_samples = require_num_samples(config.train_num_samples, shards, flag="--train-num-samples")
     parts = 1 if config.dataset_resampled else choose_parts(len(shards.urls))
     storage = Storage(storage_options(config))
     source = TarSource(shards, resampled=config.dataset_resampled, seed=seed, storage=storage, parts=parts)
-    return source, num_samples, shards.digest
+    return source, num_samples, digest_sources(shards, sources=shards.digest, weights=json.dumps(shards.weights))
 
 
-def _synthetic_source(config: DataConfig, *, preprocess: PreprocessConfig, seed: int) -> tuple[Source, int, str]:
+def _synthetic_source(
+    config: DataConfig, *, preprocess: PreprocessConfig, seed: int
+) -> tuple[Source, int, SourceDigests]:
     num_samples = config.train_num_samples
     if not num_samples:
         raise ValueError("--dataset-type synthetic has no end: pass --train-num-samples.")
     size = preprocess.size
     source = SyntheticSource(image_size=size, num_samples=num_samples, seed=seed)
-    return source, num_samples, f"synthetic {size} {num_samples}"
+    return source, num_samples, SourceDigests(f"synthetic {size} {num_samples}")
 
 
-def _manifest_source(config: DataConfig, path: str, *, seed: int) -> tuple[Source, int, str]:
+def _manifest_source(config: DataConfig, path: str, *, seed: int) -> tuple[Source, int, SourceDigests]:
     manifest = read_manifest(path)
     if manifest.needs_resampling and not config.dataset_resampled:
         raise ValueError(f"The weights in --train-data-manifest {path} need --dataset-resampled: pass it too.")
@@ -216,7 +226,7 @@ def _manifest_source(config: DataConfig, path: str, *, seed: int) -> tuple[Sourc
         schedule=manifest.schedule if config.dataset_resampled else None,
         slots_per_epoch=max(1, round(passes * len(shards.urls))) if config.dataset_resampled else None,
     )
-    return source, num_samples, manifest.digest
+    return source, num_samples, digest_sources(shards, sources=manifest.digest, weights=manifest.weighting)
 
 
 def read_table(config: DataConfig, path: str, kind: str, *, flag: str) -> CsvTable:
@@ -238,9 +248,7 @@ def read_table(config: DataConfig, path: str, kind: str, *, flag: str) -> CsvTab
 
 def storage_options(config: DataConfig) -> StorageOptions:
     """How shards are fetched, as the flags say."""
-    return StorageOptions(
-        s3_native=config.s3_native == "on", cache_dir=config.cache_shards, cache_gib=config.cache_gib
-    )
+    return StorageOptions(s3_native=config.s3_native == "on", cache_dir=config.cache_shards, cache_gib=config.cache_gib)
 
 
 def epoch_length(config: DataConfig, *, num_samples: int, world_size: int, kind: str) -> tuple[int, int]:

@@ -8,10 +8,12 @@ What a batch holds depends on the seed, the sources, the deal and the rank; neve
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +36,17 @@ _RESTARTS = 3
 """Of a rank's workers, without a batch in between."""
 _FIRST_SLOTS, _FIRST_SAMPLES = 8, 125
 _WORST_SHARDS = 20
+_HARDLY_BEGUN = 0.01
+"""Of an epoch."""
+
+
+class NewStream(NamedTuple):
+    """Other sources, or another order, took over at a resume."""
+
+    first_epoch: float
+    """Of the new stream: after those that were begun of the old one."""
+    unread_samples: int
+    """About so many of the epochs that were begun will not be seen."""
 
 
 class TrainLoader:
@@ -74,6 +87,10 @@ class TrainLoader:
         self.deal = deal
         self.batch_size = batch_size
         self.world_size = world_size
+        self.accepts_new_stream = False
+        """Whether a position of another stream may be loaded: the user wants other data."""
+        self.new_stream: NewStream | None = None
+        """Set if that has happened."""
         self.totals: Counter[str] = Counter()
         """What this rank has read, skipped, retried, ...; on rank 0 with what was counted before a resume."""
         self.bad_shards: Counter[str] = Counter()
@@ -224,35 +241,73 @@ class TrainLoader:
     def load_position(self, saved: StreamPosition) -> None:
         """Goes on where the job stood, on any number of ranks. Deals anew where another number of lanes is asked for.
 
+        Shards that lie elsewhere now are still the same. Where ``accepts_new_stream`` allows others, they begin at the
+        epoch after those that were begun.
+
         Raises:
-            ValueError: the position belongs to another stream (other sources or seed).
+            ValueError: the position belongs to another stream (other sources or seed), which was not allowed.
         """
-        self._check_identity(saved.identity)
+        if not self._is_of_this_stream(saved.identity):
+            self._start_new_stream(saved)
+        else:
+            lanes, block = self._lanes_and_block(saved)
+            if (lanes, block) != (saved.deal.num_lanes, saved.deal.block):
+                self._deal_again(saved, lanes=lanes, block=block)
+            else:
+                self._continue(saved)
+        if self._rank == 0:
+            self.totals, self.bad_shards = Counter(saved.totals), Counter(saved.bad_shards)
+
+    def _lanes_and_block(self, saved: StreamPosition) -> tuple[int, int]:
         lanes = self._requested_lanes or saved.deal.num_lanes
         if not self._requested_lanes and lanes < self.world_size:
             lanes = self.deal.num_lanes
             logger.warning("%d data lanes for %d ranks: dealing to %d.", saved.deal.num_lanes, self.world_size, lanes)
         # Without a wish: as before, or as suits another number of lanes.
         block = self._requested_block or (self.deal.block if lanes != saved.deal.num_lanes else saved.deal.block)
-        if (lanes, block) != (saved.deal.num_lanes, saved.deal.block):
-            self._deal_again(saved, lanes=lanes, block=block)
-        else:
-            self._continue(saved)
-        if self._rank == 0:
-            self.totals, self.bad_shards = Counter(saved.totals), Counter(saved.bad_shards)
+        return lanes, block
 
-    def _check_identity(self, saved: StreamIdentity) -> None:
+    def _is_of_this_stream(self, saved: StreamIdentity) -> bool:
+        if self.identity.same_stream(saved):
+            return True
+        if self.identity.moved_from(saved):
+            logger.info("The shards are the checkpoint's, in another place: the data goes on where it stood.")
+            return True
+        if self.accepts_new_stream:
+            return False
         differing = [
             f"{name}: saved {theirs!r}, now {ours!r}"
-            for name, theirs, ours in zip(StreamIdentity._fields, saved, self.identity, strict=True)
+            for name, theirs, ours in zip(StreamIdentity._fields[:3], saved, self.identity, strict=False)
             if theirs != ours
         ]
-        if differing:
-            raise ValueError(
-                f"The checkpoint's data position belongs to another stream ({'; '.join(differing)}): resume with the "
-                "same --train-data, --seed and --dataset-resampled, or give the checkpoint to --pretrained to start a "
-                "new run from its weights."
-            )
+        raise ValueError(
+            f"The checkpoint's data position belongs to another stream ({'; '.join(differing)}), and no setting says "
+            "that this is meant: give the same shards to --train-data, or pass --allow-config-change train-data to go "
+            "on with what is there now, from the next epoch on."
+        )
+
+    def _start_new_stream(self, saved: StreamPosition) -> None:
+        """Begins with the epoch after those begun; when resampled, which knows no epochs, at the same progress."""
+        slots = self.source.slots_per_epoch
+        old_slots = saved.identity.slots_per_epoch or slots
+        slot_samples = mean_slot_samples(saved.totals) or saved.identity.slot_samples or self.num_samples / slots
+        progress = saved.progress(slots_per_epoch=old_slots, slot_samples=slot_samples)
+        # Lanes are not all equally far: an epoch of which hardly anything was read has not begun.
+        epoch = progress if self.identity.resampled else float(math.ceil(progress - _HARDLY_BEGUN))
+        unread = 0 if saved.identity.resampled else round(max(0.0, epoch - progress) * old_slots * slot_samples)
+        first_slot = math.ceil(epoch * slots)
+        self.new_stream = NewStream(first_slot / slots, unread)
+        logger.warning(
+            "Other data than the checkpoint's: it begins with epoch %.4g. About %d samples of the epoch that was begun "
+            "of the old data stay unread.",
+            *self.new_stream,
+        )
+        # Lanes as before, so that later resumes on other ranks go on as well, if the new data is enough for them.
+        kept = self.world_size <= saved.deal.num_lanes <= slots
+        lanes, block = self._lanes_and_block(saved) if kept else (self.deal.num_lanes, self.deal.block)
+        self.deal = Deal(lanes, block, self.identity.seed, first_slot)
+        self._positions = [self.deal.start(lane, 0) for lane in self.lanes]
+        self._cursor = self._emitted = 0
 
     def _deal_again(self, saved: StreamPosition, *, lanes: int, block: int) -> None:
         logger.info(

@@ -103,6 +103,8 @@ class Manifest:
     schedule: WeightSchedule
     digest: str
     """sha256 over shards, names, weights and their schedule: the same digest, the same stream."""
+    weighting: str
+    """The same without the places of the shards."""
     given_counts: tuple[int | None, ...]
     """The sources' ``num_samples``, as far as the manifest gives them."""
 
@@ -166,8 +168,13 @@ def read_manifest(path: str) -> Manifest:
         shards=shards,
         schedule=schedule,
         given_counts=tuple(counts),
-        digest=hashlib.sha256(json.dumps([shards.urls, sources, schedules]).encode()).hexdigest(),
+        digest=_digest([shards.urls, sources, schedules]),
+        weighting=_digest([sources, schedules]),
     )
+
+
+def _digest(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _parse(text: str, path: str) -> tuple[list[dict[str, Any]], str]:

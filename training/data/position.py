@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from training.data.lanes import Deal, LanePosition, owned_lanes
+from training.data.lanes import Deal, LanePosition, Piece, owned_lanes
 
 _WORST_SHARDS = 100
 
@@ -22,6 +22,28 @@ class StreamIdentity(NamedTuple):
     resampled: bool
     sources: str
     """Digest of the sources in order."""
+    names: str = ""
+    """The same without the directories that they lie in; empty where that is unknown."""
+    source_digests: tuple[str, ...] = ()
+    """Of every source alone, with its directories."""
+    slots_per_epoch: int = 0
+    """0 where a version of this program wrote the position that did not say; likewise the next."""
+    slot_samples: float = 0.0
+    """Of a slot, by the number of samples in an epoch."""
+
+    def same_stream(self, other: StreamIdentity) -> bool:
+        """Whether a position in the other stream is one in this."""
+        return self[:3] == other[:3]
+
+    def moved_from(self, saved: StreamIdentity) -> bool:
+        """Whether this is the saved stream from other directories: a position in that stream is one in this.
+
+        Sources that changed places among each other have not moved: their shards may have the same names.
+        """
+        if not self.names or self[:2] != saved[:2] or self.names != saved.names:
+            return False
+        was_at = {digest: place for place, digest in enumerate(saved.source_digests)}
+        return all(was_at.get(digest, place) == place for place, digest in enumerate(self.source_digests))
 
 
 @dataclass(frozen=True)
@@ -59,10 +81,26 @@ class StreamPosition:
             "pieces": torch.from_numpy(self.deal.pieces),
         }
 
+    def progress(self, *, slots_per_epoch: int, slot_samples: float) -> float:
+        """Epochs that were read, about: how much of a slot was read is judged by what slots hold on average."""
+        deal, begun_samples = self.deal, 0
+        for lane, position in enumerate(self.lanes):
+            start = deal.start(lane, position.turn)
+            begun_samples += position.block_start + position.taken - start.block_start - start.taken
+        # Of what lies before this deal, only its pieces are unread.
+        finished = deal.first_slot - len(deal.pieces) + sum(position.turn for position in self.lanes)
+        begun_before = (
+            piece.block_start + piece.taken
+            for item, piece in enumerate(map(Piece._make, deal.pieces.tolist()))
+            if self.lanes[item % deal.num_lanes].turn <= item // deal.num_lanes
+        )
+        return (finished + (begun_samples + sum(begun_before)) / slot_samples) / slots_per_epoch
+
     def facts(self) -> dict[str, Any]:
         """The rest, in JSON types."""
         return {
             **self.identity._asdict(),
+            "source_digests": list(self.identity.source_digests),
             "num_lanes": self.deal.num_lanes,
             "block": self.deal.block,
             "first_slot": self.deal.first_slot,
@@ -75,7 +113,8 @@ class StreamPosition:
 
 def read_position(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> StreamPosition:
     """The inverse of ``tensors`` and ``facts``."""
-    identity = StreamIdentity(*(facts[name] for name in StreamIdentity._fields))
+    known = {name: facts[name] for name in StreamIdentity._fields if name in facts}
+    identity = StreamIdentity(**known | {"source_digests": tuple(known.get("source_digests", ()))})
     deal = Deal(facts["num_lanes"], facts["block"], identity.seed, facts["first_slot"], tensors["pieces"].numpy())
     lanes = [
         LanePosition(turn, block_start, taken, offset)
@@ -87,9 +126,7 @@ def read_position(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> St
     return StreamPosition(identity, deal, lanes, facts["emitted"], facts["cursors"], totals, bad_shards)
 
 
-def merge_ranks(
-    ranks: Sequence[RankPosition], *, identity: StreamIdentity, deal: Deal, emitted: int
-) -> StreamPosition:
+def merge_ranks(ranks: Sequence[RankPosition], *, identity: StreamIdentity, deal: Deal, emitted: int) -> StreamPosition:
     """The position of the job from those of its ranks, in rank order."""
     lanes = [LanePosition()] * deal.num_lanes
     for rank, part in enumerate(ranks):
