@@ -321,6 +321,8 @@ def _build_saver(run: Run, parts: RunParts) -> Saver | None:
             run.paths.checkpoints,
             keep=config.checkpoint.keep_checkpoints,
             keep_every=config.checkpoint.keep_every_n_steps,
+            generation=run.lease.generation if run.lease else 0,
+            fence=run.lease.check if run.lease else None,
         ),
         parts=parts,
         runtime=run.runtime,
