@@ -203,7 +203,7 @@ def test_a_save_that_takes_long_is_said_once(
 
 
 def test_the_best_by_metric_is_noted_when_its_checkpoint_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     parts = tiny_parts()
     checkpointer = Checkpointer(tmp_path)
@@ -214,6 +214,7 @@ def test_the_best_by_metric_is_noted_when_its_checkpoint_is_there(
         assert checkpointer.tags().best is None
     saver.report_metrics(7, {"top1": 0.9})  # its checkpoint was dropped
     saver.report_metrics(0, {"other": 1.0})
+    assert "--keep-best top1: the evaluation has only other." in caplog.text
     saver.finish()
     assert checkpointer.tags().best == Best("top1", 0, 0.5)
     for step in range(1, 5):

@@ -165,9 +165,14 @@ class Saver:
 
     def report_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of an evaluation after ``step`` steps, for ``--keep-best``. On rank 0."""
-        if self._config.keep_best in metrics:
-            self._metrics[step] = metrics
-            self._note_best()
+        wanted = self._config.keep_best
+        if wanted is None or not metrics:
+            return
+        if wanted not in metrics:
+            logger.warning("--keep-best %s: the evaluation has only %s.", wanted, ", ".join(sorted(metrics)))
+            return
+        self._metrics[step] = metrics
+        self._note_best()
 
     def tag_good(self, step: int) -> bool:
         """Marks a checkpoint as one that training went on well from. On rank 0; returns whether there is one."""
