@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -127,22 +128,27 @@ def judge(guard: StepGuard, loss: float, grad_norm: float = 1.0, **options: Any)
     return Vitals.from_values(guard.judge(torch.tensor(loss), torch.tensor(grad_norm), **options).vitals.tolist())
 
 
-def test_statistics_are_the_weighted_mean_and_deviation_of_good_steps():
+def weighted(values: Sequence[float], window: int) -> float:
+    return float(np.average(values, weights=(1 - 1 / window) ** np.arange(len(values))[::-1]))
+
+
+@pytest.mark.parametrize("slope", [0.0, -0.01])
+def test_statistics_are_weighted_means_of_good_steps_and_of_their_distances(slope):
     guard, random = guard_of(), np.random.default_rng(0)
-    losses, norms = 3 + random.normal(size=300) * 0.3, np.exp(random.normal(size=300) * 0.5)
+    losses = 5 + slope * np.arange(300) + random.normal(size=300) * 0.3
+    norms = np.exp(random.normal(size=300) * 0.5)
     for place, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
         judge(guard, loss, norm)
         if place % 7 == 0:
             judge(guard, math.nan, 1.0)  # must leave no trace
-    weights = 0.99 ** np.arange(300)[::-1]
     found = judge(guard, 3.0)
     for values, mean, std in (
         (losses, found.loss_mean, found.loss_std),
         (np.log(norms), found.log_grad_mean, found.log_grad_std),
     ):
-        expected = np.average(values, weights=weights)
-        assert mean == pytest.approx(expected, abs=1e-4)
-        assert std == pytest.approx(np.average((values - expected) ** 2, weights=weights) ** 0.5, rel=1e-3)
+        assert mean == pytest.approx(weighted(values, 50), abs=1e-4)
+        distances = [(values[place] - weighted(values[:place], 50)) ** 2 for place in range(1, 300)]
+        assert std == pytest.approx(weighted(distances, 100) ** 0.5, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +172,15 @@ def test_a_jump_is_bad_and_a_smaller_one_is_not(loss, grad_norm, reason):
 
 def test_before_the_warmup_only_what_is_not_finite_is_bad():
     guard = guard_of()
-    assert not any(judge(guard, 10.0**place, 10.0**place).bad for place in range(9))
+    assert not any(judge(guard, 10.0**place, 10.0**place).bad for place in range(10))
     assert judge(guard, math.nan).bad
+
+
+def test_an_absurd_value_before_the_warmup_does_not_blind_the_guard_for_good():
+    guard = guard_of()
+    for loss in [2.0, 1e30, *[2.0] * 2000]:
+        assert not judge(guard, loss).bad
+    assert judge(guard, 3.0).bad
 
 
 def test_a_gradient_of_zero_is_survived():

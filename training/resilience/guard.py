@@ -23,13 +23,16 @@ from torch import Tensor
 
 from training.config import ResilienceConfig
 
-WINDOW = 100
-"""Good steps after which a value has lost most of its weight in the statistics."""
+MEAN_WINDOW, STD_WINDOW = 50, 100
+"""Good steps after which a value has lost most of its weight. The mean is the faster one: behind a loss that falls
+steadily it lags by as many steps, and that lag would be taken for deviation."""
 LOSS_STD_FLOOR = 0.05
 """Nats. A loss that hardly moves has next to no deviation, and any change would be an alarm."""
 LOG_GRAD_STD_FLOOR = 0.2
 """The same for the logarithm of the gradient norm: 8 of these are a factor of 5."""
 _SMALLEST_NORM = 1e-12
+_LARGEST_CHANGE = 100.0
+"""Of what enters the statistics: one absurd value before the warm-up is over must not blind them for good."""
 _LOSS, _GRAD = 0, 1
 
 
@@ -251,12 +254,16 @@ class StepGuard:
         )
 
     def _learn(self, values: Tensor, *, good: Tensor) -> None:
-        """Exponential mean and variance of good steps, weighted as if nothing had been before the first of them."""
-        rate = 1 / WINDOW
-        # Not above 1, which rounding would make the first weight, and the first variance negative.
-        weight = good * (rate / (1 - torch.pow(1 - rate, self._count + 1))).clamp_max(1)
+        """Exponential means of good steps, and of their squared distances from the mean before them."""
         values = torch.stack([values[_LOSS], values[_GRAD].clamp_min(_SMALLEST_NORM).log()])
-        change = torch.where(good, values - self._mean, self._zero)
-        self._mean += weight * change
-        self._variance.copy_((1 - weight) * (self._variance + weight * change.square()))
+        change = torch.where(good, values - self._mean, self._zero).clamp(-_LARGEST_CHANGE, _LARGEST_CHANGE)
+        # The first value has no mean before it: the weight of the second wipes out what it left in the variance.
+        self._variance += good * _weight(self._count, STD_WINDOW) * (change.square() - self._variance)
+        self._mean += good * _weight(self._count + 1, MEAN_WINDOW) * change
         self._count += good
+
+
+def _weight(count: Tensor, window: int) -> Tensor:
+    """Of the newest among ``count`` values, so that those before the first count as nothing; 1 for the first."""
+    rate = 1 / window
+    return (rate / (1 - torch.pow(1 - rate, count))).clamp_max(1)
