@@ -231,9 +231,7 @@ def fetch_newest(remote: RemoteRun, checkpoints: Path, *, generation: int = 0) -
             if step in local and _is_usable(checkpointer.path(step), damages):
                 return checkpointer.path(step)
             if step in away:
-                path = remote.download(step, checkpoints, generation=generation)
-                logger.info("Fetched %s from %s.", path, remote.store.url)
-                return path
+                return remote.download(step, checkpoints, generation=generation)
         except DamagedCheckpoint as damage:
             logger.warning("Skipping a damaged checkpoint: %s.", damage)
             damages.append(str(damage))

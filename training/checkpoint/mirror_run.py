@@ -18,27 +18,34 @@ from training.config import CheckpointConfig
 logger = logging.getLogger(__name__)
 
 
-def bring_back(config: CheckpointConfig, *, run: Path, name: str, generation: int = 0) -> None:
+def bring_back(config: CheckpointConfig, *, run: Path, name: str, generation: int = 0) -> list[str]:
     """What the mirror has and the run directory lacks, for ``--resume latest``. On rank 0, before the log is opened.
 
-    The directory has to be claimed. If the newest whole checkpoint is here, nothing is downloaded.
+    The directory has to be claimed. If the newest whole checkpoint is here, it is not downloaded.
+
+    Returns:
+        What to write into the log once it is open.
 
     Raises:
         ValueError: not a URL that can be used. StorageError: it cannot be read.
         DamagedCheckpoint: there are checkpoints, and none is whole at either place.
     """
     if config.remote_sync is None or config.resume != "latest":
-        return
+        return []
     remote = RemoteRun(_store(config, name))
-    fetched = fetch_history(remote, run)
-    if fetched:
-        logger.info("Fetched %d files of the run's history from %s.", len(fetched), remote.store.url)
+    before = set((run / CHECKPOINTS).glob("step_*"))
+    history = fetch_history(remote, run)
+    newest = None
     try:
-        fetch_newest(remote, run / CHECKPOINTS, generation=generation)
-    except DamagedCheckpoint:
+        newest = fetch_newest(remote, run / CHECKPOINTS, generation=generation)
+    except DamagedCheckpoint as damage:
         if not config.allow_restart_from_zero:
             raise
-        logger.warning("No checkpoint of %s is whole at %s either.", name, remote.store.url)
+        logger.warning("%s", damage)
+    notices = [f"Fetched {len(history)} files of the run's history from {remote.store.url}."] if history else []
+    if newest is not None and newest not in before:
+        notices.append(f"Fetched {newest.name} from {remote.store.url}.")
+    return notices
 
 
 def is_remote_run(resume: str) -> bool:
