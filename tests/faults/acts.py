@@ -118,9 +118,36 @@ def trust_what_is_there(moment: Moment) -> None:
     raise Instead({path.name: describe(path) for path in files})
 
 
+def wait_for_writer(moment: Moment) -> None:
+    """The protection is off: training waits for what is being written; at ``background``."""
+    moment.args[0].wait()
+
+
 def damaged(moment: Moment) -> None:
     """What is read is not what was written."""
     raise DamagedCheckpoint("planted damage")
+
+
+def newest_by_time(moment: Moment) -> None:
+    """The protection is off: times of files decide; at ``candidates``."""
+    raise Instead(sorted(moment.args[0].root.glob("step_*"), key=lambda path: -path.stat().st_mtime))
+
+
+def hide(moment: Moment, *, part: str) -> None:
+    """Files whose path contains ``part`` are not there for this rank; at ``open_file``."""
+    if part in str(moment.args[0]):
+        raise DamagedCheckpoint(f"{moment.args[0]} cannot be opened (planted)")
+
+
+def shift_clock(moment: Moment, *, seconds: float) -> None:
+    """What the clock says jumps, as after a correction by NTP; what counts seconds does not."""
+    now = time.time
+    time.time = lambda: now() + seconds
+
+
+def unpickle_everything(moment: Moment) -> None:
+    """The protection is off; at ``torch_load``."""
+    moment.kwargs["weights_only"] = False
 
 
 def limit_file_size(moment: Moment, *, size: int) -> None:
@@ -147,6 +174,20 @@ def scale_gradients(moment: Moment, *, factor: float) -> None:
     """Of this rank alone, after the ranks have exchanged them; at ``update``."""
     for parameter in moment.args[0]._parameters:
         parameter.grad.mul_(factor)
+
+
+def leave_out(moment: Moment) -> None:
+    """The batch is read, and nothing is learned from it; at ``update``."""
+    optimizer = moment.args[0]._optimizer
+    step = optimizer.step
+    optimizer.step = lambda: None
+    moment.undo.append(lambda: setattr(optimizer, "step", step))
+
+
+def judge_alone(moment: Moment) -> None:
+    """The protection is off: each rank asks only itself; at ``judge``."""
+    guard = moment.args[0]
+    guard._all_reduce_sum = lambda own: own * guard._world_size
 
 
 def scale_second_moment(moment: Moment, *, factor: float) -> None:
@@ -201,8 +242,19 @@ ACTS: dict[str, Callable[..., None]] = {
     act.__name__: act
     for act in (
         *(kill, send, sleep, hold_interpreter, leave, fail, fail_with_errno, no_memory, skip, wait_for, touch),
-        *(limit_file_size, spoil_image, scale_loss, scale_gradients, scale_second_moment, flip_bit, spoil_weight),
-        *(save_in_place, follow_hint, newest_only, trust_what_is_there, damaged),
+        *(
+            limit_file_size,
+            spoil_image,
+            scale_loss,
+            scale_gradients,
+            leave_out,
+            judge_alone,
+            scale_second_moment,
+            flip_bit,
+            spoil_weight,
+        ),
+        *(save_in_place, follow_hint, newest_only, trust_what_is_there, wait_for_writer, damaged),
+        *(newest_by_time, hide, shift_clock, unpickle_everything),
         *(kill_workers, limit_worker_memory),
     )
 }

@@ -29,9 +29,7 @@ def lab(tmp_path: Path, nursery: Nursery, fault_data: Path) -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory, nursery: Nursery, fault_data: Path
-) -> Callable[..., Record]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery, fault_data: Path) -> Callable[..., Record]:
     """The record of a run to which nothing happens, made once for each set of further flags."""
     lab = Lab(tmp_path_factory.mktemp("undisturbed"), nursery, data=fault_data)
     known: dict[tuple[str, ...], Record] = {}

@@ -1,6 +1,6 @@
 """Starts small jobs of real processes, lets faults happen to them, and looks at what they leave behind.
 
-    lab.start(line, plan) -> Job -> Ended      lab.record(run) -> Record: samples, losses, weights
+lab.start(line, plan) -> Job -> Ended      lab.record(run) -> Record: samples, losses, weights
 """
 
 from __future__ import annotations
@@ -142,9 +142,7 @@ class Job:
         for rank in range(world_size):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
             meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, MARK_VARIABLE: self.mark}
-            self.pids.append(
-                nursery.start(argv, environment={**environment, **place, **meeting}, log=self.logs[rank])
-            )
+            self.pids.append(nursery.start(argv, environment={**environment, **place, **meeting}, log=self.logs[rank]))
 
     def send(self, rank: int, number: signal.Signals) -> None:
         """A signal to one rank, if it still runs."""
@@ -265,8 +263,7 @@ class Lab:
     def saved(self, name: str, *steps: int) -> list[Fault]:
         """Waits at the step after each of these until its checkpoint is there: saves run beside the training."""
         return [
-            Fault("step", "wait_for", step=step + 1, with_={"path": str(self.checkpoint(name, step))})
-            for step in steps
+            Fault("step", "wait_for", step=step + 1, with_={"path": str(self.checkpoint(name, step))}) for step in steps
         ]
 
     def wait_for_step(self, name: str, step: int, *, timeout_s: float = 30) -> None:

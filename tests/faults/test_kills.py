@@ -38,9 +38,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_start_loses_nothing(
     compare(undisturbed(), lab.record("r"))
 
 
-def test_without_the_place_in_the_data_a_restart_is_another_run(
-    lab: Lab, undisturbed: Callable[..., Record]
-) -> None:
+def test_without_the_place_in_the_data_a_restart_is_another_run(lab: Lab, undisturbed: Callable[..., Record]) -> None:
     """Negative control of rows 1 to 3."""
     lab.run("r", plan=_kill_at(lab, 1))
     lab.finish("r", plan=[NOT_RESTORED])
@@ -134,9 +132,7 @@ def test_without_receipts_a_part_that_is_missing_is_not_noticed(lab: Lab) -> Non
     assert lab.run("r", plan=[TWO_WRITERS]).codes != [0, 0]
 
 
-def test_a_start_that_is_killed_while_it_loads_changes_nothing(
-    lab: Lab, undisturbed: Callable[..., Record]
-) -> None:
+def test_a_start_that_is_killed_while_it_loads_changes_nothing(lab: Lab, undisturbed: Callable[..., Record]) -> None:
     """Row 45: a fault within the recovery from another one."""
     lab.run("r", plan=_kill_at(lab, 1))
     assert lab.run("r", plan=[Fault("load", "kill", rank=0, after=True)]).codes[0] == KILLED

@@ -37,9 +37,7 @@ class Victim:
         call = self._calls[name]
         self._calls[name] += 1
         due = [
-            fault
-            for fault in self._faults
-            if fault.at == name and fault.strikes(rank=self._rank, step=step, call=call)
+            fault for fault in self._faults if fault.at == name and fault.strikes(rank=self._rank, step=step, call=call)
         ]
         moment = Moment(list(args), dict(kwargs), self._parts, self._rank)
         try:
