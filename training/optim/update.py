@@ -52,13 +52,14 @@ class Update:
         self._scaler = scaler
         self._grad_clip_norm = grad_clip_norm
         self._guard = guard
+        self._guard_acts = guard is not None and guard.acts
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._logit_scale = cast(Tensor, model.logit_scale)
         self._statistics = RunningStatistics(model)
 
     def prepare(self) -> None:
         """Remembers what the forward pass changes by itself. Call it before."""
-        if self._guard is not None and self._guard.acts:
+        if self._guard_acts:
             self._statistics.save()
 
     def __call__(self, *, loss: Tensor, features: Tensor) -> UpdateResult:
@@ -71,22 +72,21 @@ class Update:
         self._scaler.unscale_(self._optimizer)  # clipping and the norm are about true gradients
         # Reads each gradient once: well below one per cent of a step, and the first thing to look at in a bad run.
         grad_norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        vitals, verdict = None, None
+        verdict = None
         if self._guard is not None:
             verdict = self._guard.judge(  # collective: all ranks
                 loss, grad_norm, features=features, overflow_is_normal=self._scaler.is_enabled()
             )
-            vitals = verdict.vitals
         if self._grad_clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self._parameters, self._grad_clip_norm, grad_norm)
-        if self._guard is None or not self._guard.acts or verdict is None:
-            self._scaler.step(self._optimizer)  # leaves the weights alone if a scaled gradient overflowed
-        else:
+        if verdict is not None and self._guard_acts:
             self._step(verdict)
+        else:
+            self._scaler.step(self._optimizer)  # leaves the weights alone if a scaled gradient overflowed
         self._scaler.update()
         with torch.no_grad():
             self._logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)
-        return UpdateResult(grad_norm, vitals)
+        return UpdateResult(grad_norm, None if verdict is None else verdict.vitals)
 
     def _step(self, verdict: StepVerdict) -> None:
         self._statistics.restore_where(verdict.found_inf)
@@ -94,18 +94,16 @@ class Update:
             # What this rank saw is not enough: with another scale than the others it would average other gradients.
             for found in self._scaler._found_inf_per_device(self._optimizer).values():
                 found.copy_(verdict.gradient_overflow)
-        if not skips_on_device(self._optimizer):
-            if (
-                not verdict.found_inf.item()
-            ):  # host sync: these optimizers can be kept from stepping only by not calling
-                self._optimizer.step()
-            return
-        optimizer = cast(Any, self._optimizer)
-        optimizer.found_inf, optimizer.grad_scale = verdict.found_inf, None
-        try:
-            optimizer.step()
-        finally:
-            del optimizer.found_inf, optimizer.grad_scale
+        if skips_on_device(self._optimizer):
+            optimizer = cast(Any, self._optimizer)
+            optimizer.found_inf, optimizer.grad_scale = verdict.found_inf, None
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.found_inf, optimizer.grad_scale
+        # Only not calling them keeps other optimizers from stepping, and for that the host must know.
+        elif not verdict.found_inf.item():  # host sync
+            self._optimizer.step()
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
