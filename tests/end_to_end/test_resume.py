@@ -119,8 +119,12 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(
     for weights in (tmp_path / "logs/r/checkpoints").glob("step_*/model.safetensors"):
         weights.write_bytes(weights.read_bytes()[:-4] + b"ruin")
     outcome = run_here(line)
-    assert outcome.code == 2
+    assert outcome.code == 93, "starting again would end the same way"
     assert "None of the 2 step checkpoints" in outcome.text
+    assert run_here([*line, "--allow-restart-from-zero"]).code == 0
+    checkpoints = tmp_path / "logs/r/checkpoints"
+    assert len(list(checkpoints.glob("damaged-step_*"))) == 2
+    assert Checkpointer(checkpoints).newest() == checkpoints / "step_00000024"
 
 
 def _traced(run: Path) -> list[tuple[int, int, int]]:
