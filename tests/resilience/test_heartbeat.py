@@ -19,6 +19,8 @@ from training.resilience.heartbeat import Heartbeat, killed_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 1.0
+MEASURED_S = 2.0
+"""Where the time is measured: a busy machine takes some tenths more, whatever the timeout."""
 ALIVE = """
 import ctypes, hashlib, os, signal, sys, time
 from pathlib import Path
@@ -71,23 +73,23 @@ def ends(pid: int, *, seconds: float = 3.0) -> bool:
 
 
 def test_a_held_interpreter_is_killed_in_time_and_its_line_is_shown(start, tmp_path):
-    rank = start("hold_the_interpreter()")
+    rank = start("hold_the_interpreter()", timeout_s=MEASURED_S)
     began = time.monotonic()
     assert rank.process.wait(timeout=10) == -signal.SIGKILL
-    assert time.monotonic() - began < 2 * TIMEOUT_S
+    assert time.monotonic() - began < 2 * MEASURED_S
     said = rank.process.stderr.read()
     assert f"rank 3 (process {rank.process.pid} on " in said
-    assert "gave no sign of life for 1 s (native code holds the interpreter) and was killed" in said
+    assert "gave no sign of life for 2 s (native code holds the interpreter) and was killed" in said
     assert "in hold_the_interpreter" in (tmp_path / "hangs" / "rank_3.txt").read_text()
     assert ends(rank.monitor)
 
 
 def test_a_stopped_process_is_killed_in_time(start, tmp_path):
-    rank = start("time.sleep(60)")
+    rank = start("time.sleep(60)", timeout_s=MEASURED_S)
     os.kill(rank.process.pid, signal.SIGSTOP)
     began = time.monotonic()
     assert rank.process.wait(timeout=10) == -signal.SIGKILL
-    assert time.monotonic() - began < 2 * TIMEOUT_S
+    assert time.monotonic() - began < 2 * MEASURED_S
     assert "it is stopped by a signal, such as SIGSTOP" in rank.process.stderr.read()
     (known,) = killed_ranks(tmp_path / "hangs")
     assert known[:3] == (3, rank.process.pid, 95)

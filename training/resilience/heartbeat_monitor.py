@@ -30,7 +30,7 @@ DONE = b"q"
 _BEATS = 0
 """Standard input."""
 _DUMP_S = 1.0
-"""How long writing the stacks may take."""
+"""How long writing the stacks may take, at most."""
 
 
 class Task(NamedTuple):
@@ -70,7 +70,7 @@ def _kill(task: Task) -> None:
     stopped = state.startswith("T")
     if not stopped:  # a stopped process would write its stacks after it was woken, and stand where it was stopped
         os.kill(task.pid, DUMP_SIGNAL)
-    stacks = b"" if stopped else _read_stacks(task.dump_fd)
+    stacks = b"" if stopped else _read_stacks(task.dump_fd, min(_DUMP_S, task.timeout_s / 2))
     text = (
         f"rank {task.rank} (process {task.pid} on {socket.gethostname()}) gave no sign of life for "
         f"{task.timeout_s:g} s ({_explain(state)}) and was killed; see --timeout-heartbeat"
@@ -97,9 +97,9 @@ def _report(task: Task, text: str, stacks: bytes) -> None:
         partial.replace(directory / f"rank_{task.rank}.killed.json")
 
 
-def _read_stacks(fd: int) -> bytes:
+def _read_stacks(fd: int, timeout_s: float) -> bytes:
     """What arrives until nothing more does; a pipe is smaller than the stacks of many threads."""
-    stacks, deadline = b"", time.monotonic() + _DUMP_S
+    stacks, deadline = b"", time.monotonic() + timeout_s
     while (left_s := deadline - time.monotonic()) > 0:
         part = _read(fd, left_s if not stacks else min(left_s, 0.2))
         if not part:
