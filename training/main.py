@@ -41,7 +41,7 @@ from training.distributed.flight_recorder import FlightRecorder
 from training.distributed.hang_board import HangBoard
 from training.distributed.job_end import JobEnd
 from training.distributed.parallelize import parallelize
-from training.distributed.runtime import Runtime, close_runtime, start_runtime
+from training.distributed.runtime import Runtime, close_runtime, collective_timeout, start_runtime
 from training.evaluation.evaluate import build_evaluators, evaluate
 from training.evaluation.evaluators import Evaluator
 from training.losses.build import build_loss
@@ -56,6 +56,7 @@ from training.resilience.escalation import Escalation
 from training.resilience.exit_codes import BAD_USAGE, DO_NOT_REQUEUE
 from training.resilience.guard import StepGuard
 from training.resilience.heartbeat import Heartbeat, killed_ranks
+from training.resilience.lease import LeaseLost
 from training.resilience.preemption import Preemption
 from training.resilience.watchdog import Watchdog
 from training.run import (
@@ -80,11 +81,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one training process to its end; a failure on any rank ends all ranks with a non-zero code."""
     parsed = parse_or_exit(sys.argv[1:] if argv is None else argv)
     set_up_logging(path=None, debug=parsed.config.logging.debug, rank=0, on_screen=False)
-    runtime = start_runtime(parsed.config.engine)
+    timeout = collective_timeout(parsed.config.resilience)
+    runtime = start_runtime(parsed.config.engine, collective_timeout=timeout)
     with fail_together(runtime) as job_end, ExitStack() as closing:
         watched = Watched(closing.enter_context(Preemption()), job_end, closing)
         start_training = _prepare(parsed, runtime, watched)
-        start_training()
+        try:
+            start_training()
+        except LeaseLost as error:
+            logger.error("%s", error)
+            raise SystemExit(DO_NOT_REQUEUE) from error
     close_runtime(runtime)
 
 
@@ -249,6 +255,7 @@ def _build_training(
         built.model, optimizer, precision.grad_scaler(), loader, TrainState(), guard=guard, escalation=escalation
     )
     base_lr = float(optimizer.param_groups[0]["lr"])  # --lr, or the default of an optimizer that was given none
+    beta2 = optimizer.defaults["betas"][1] if "betas" in optimizer.defaults else None
     _resume(run, parts, plan=plan)
     record_settings(run, built.model, plan)
     record_data(run, loader, first_step=parts.state.step)
@@ -262,6 +269,7 @@ def _build_training(
         reporter=reporter,
         root=run.paths.root if run.paths else None,
         runtime=runtime,
+        beta2=beta2,
     )
     return partial(
         _train_and_close,

@@ -30,6 +30,7 @@ from training.distributed.runtime import Runtime
 from training.observability.events import EventLog
 from training.observability.reporter import Reporter
 from training.observability.telemetry import HIGH_SHARE
+from training.optim.optimizer import set_beta2
 from training.resilience.delayed import LAG, DelayedVitals
 from training.resilience.escalation import Action, Escalation, Rewind, Skipped, Stop
 from training.resilience.exit_codes import DO_NOT_REQUEUE, NODE_SUSPECTED
@@ -66,6 +67,8 @@ class Decision(NamedTuple):
     """Onset of a spike: the weights go back to before it."""
     resume_step: int = 0
     """The data up to here is left out then."""
+    settle: bool = False
+    """Statistics are gathered anew after it: the last rewind did not help, so perhaps the data has changed."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,12 @@ class Supervisor:
         reporter: Reporter | None,
         root: Path | None,
         runtime: Runtime,
+        beta2: float | None,
     ) -> None:
         """
         Args:
             root: the run's directory; None with ``--logs none``.
+            beta2: as configured; None for optimizers without.
         """
         self._config = config
         self._watch = watch
@@ -107,7 +112,7 @@ class Supervisor:
         self._runtime = runtime
         self._vitals = DelayedVitals()
         self._samples: deque[tuple[int, list[Tensor]]] = deque(maxlen=LAG + 1)
-        self._betas = [group.get("betas") for group in parts.optimizer.param_groups]
+        self._beta2 = beta2
         self._saved: list[int] = []
         """Checkpoints that are neither known to be good nor given up."""
         self._equal_until = parts.state.step
@@ -117,6 +122,10 @@ class Supervisor:
     def lr_factor(self) -> float:
         """What the scheduled learning rate is multiplied with, while a run is damped."""
         return self._watch.escalation.lr_factor
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank received a signal, where no step's vitals carry the question. Collective: all ranks."""
+        return self._watch.preemption.agreed(gather_objects) is not None  # collective: all ranks
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Around what may take longer than a step."""
@@ -164,8 +173,11 @@ class Supervisor:
         for action in self._watch.escalation.observe_update_rms(step, share.item()):  # host sync
             self._carry_out(action, None)
 
-    def rewind(self, onset: int) -> bool:
+    def rewind(self, onset: int, *, settle: bool) -> bool:
         """Takes the weights back to before ``onset``; data and counters go on. Collective: all ranks.
+
+        Args:
+            settle: forget the statistics as well.
 
         Returns:
             False if there is nothing to go back to yet: the run goes on with what it has.
@@ -178,17 +190,25 @@ class Supervisor:
             if self._saver is None or not broadcast_object(self._saver.can_rewind(onset)):  # collective: all ranks
                 logger.warning("There is no checkpoint from before step %d to go back to: going on.", onset)
                 self._note(step, "rewind impossible", onset=onset)
+                self._watch.guard.settle()
+                self._watch.escalation.go_on(step)
                 return False
             try:
                 to_step = self._saver.rewind(onset)  # collective: all ranks
             except DamagedCheckpoint as damage:
                 self._stop(step, DO_NOT_REQUEUE, f"step {step}: {damage}")
+        if settle:
+            self._watch.guard.settle()
         self._vitals.drain()  # of weights that are gone
         self._saved = [saved for saved in self._saved if saved <= onset]
         self._equal_until = step
         logger.warning("Rewound from step %d to the weights of step %d.", step, to_step)
         self._note(step, "rewound", onset=onset, to_step=to_step)
         return True
+
+    def data_left_out(self) -> None:
+        """The data goes on from here, after a rewind."""
+        self._watch.escalation.go_on(self._parts.state.step)
 
     def end_by_signal(self, *, epoch: int) -> None:
         """Saves, and tells the batch script to go on later. Collective: all ranks."""
@@ -219,7 +239,9 @@ class Supervisor:
         for action in self._watch.escalation.observe(step, vitals) if self._watch.guard.acts else ():
             self._carry_out(action, vitals)
             if isinstance(action, Rewind):
-                decision = decision._replace(rewind_from=action.onset, resume_step=action.resume_step)
+                decision = decision._replace(
+                    rewind_from=action.onset, resume_step=action.resume_step, settle=action.settle
+                )
         if vitals.overflow:
             self._note(step, "overflow", loss=vitals.loss)
         return decision
@@ -239,9 +261,8 @@ class Supervisor:
 
     def _damp_optimizer(self) -> None:
         beta2 = self._watch.escalation.beta2
-        for group, betas in zip(self._parts.optimizer.param_groups, self._betas, strict=True):
-            if betas is not None:
-                group["betas"] = betas if beta2 is None else (betas[0], min(betas[1], beta2))
+        if self._beta2 is not None:
+            set_beta2(self._parts.optimizer, self._beta2 if beta2 is None else min(self._beta2, beta2))
 
     def _samples_of(self, step: int, vitals: Vitals) -> list[dict[str, Any]]:
         """The first samples of a step: of the one rank that found something wrong, or of all."""

@@ -103,6 +103,9 @@ def train(
     """
     state = parts.state
     ahead = plan.steps_ahead(state)
+    if supervisor.asked_to_stop():
+        supervisor.end_by_signal(epoch=(state.step + ahead) // plan.steps_per_epoch)
+        return False
     owed = _owed_evaluation(plan, state.step + ahead, evaluated=evaluated, runtime=runtime)
     if owed is not None:
         _evaluate(owed, state.step, evaluate=evaluate, saver=saver, supervisor=supervisor, reporter=reporter)
@@ -135,17 +138,19 @@ def train(
         due = saver is not None and (place_in_epoch == 0 or saver.is_due(state.step))
         samples = [_record(batch).samples for batch in micro_batches]
         decision = supervisor.after_step(step, metrics.vitals, samples, saves=due)
-        if decision.rewind_from is not None and supervisor.rewind(decision.rewind_from):
+        if decision.rewind_from is not None and supervisor.rewind(decision.rewind_from, settle=decision.settle):
             until = min(decision.resume_step, plan.end_of_epoch(place) - ahead)
             _leave_out(batches, plan, until=until, parts=parts, supervisor=supervisor, trace=trace)
+            supervisor.data_left_out()
             epoch, place_in_epoch = divmod(state.step + ahead, plan.steps_per_epoch)
             decision = decision._replace(save=True)
         if saver is not None:
             # Saved before it is evaluated: an evaluation can be repeated, the steps cannot.
-            if place_in_epoch == 0:
-                saver.save_epoch(epoch)
-            elif decision.save or saver.is_due(state.step):
-                saver.save_step(epoch=epoch)
+            with supervisor.phase("save"):
+                if place_in_epoch == 0:
+                    saver.save_epoch(epoch)
+                elif decision.save or saver.is_due(state.step):
+                    saver.save_step(epoch=epoch)
         if decision.stop and state.step + ahead < plan.total_steps:
             supervisor.end_by_signal(epoch=epoch)
             return False

@@ -34,7 +34,7 @@ _LENGTH = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
 _OUT_OF_MEMORY = 99
 """Exit status of a worker: another one may find the memory that this one did not."""
-_IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 """They are meant for the trainer, which decides when its workers end."""
 
 

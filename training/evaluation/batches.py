@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from training.data.decode import ImageTransform, UnusableSample, decode_image
 from training.evaluation.samples import EvaluationSample, SampleSource
 from training.evaluation.zero_shot import Tokenizer
+from training.resilience.preemption import shield_worker
 
 
 class EvaluationBatch(NamedTuple):
@@ -61,6 +62,7 @@ def evaluation_batches(source: SampleSource, loading: Loading) -> Iterator[Evalu
         pin_memory=loading.pin_memory,
         # Streams may be remote, and the network client of a process that has read remotely does not survive a fork.
         multiprocessing_context="forkserver" if workers and source.num_samples is None else None,
+        worker_init_fn=shield_worker,
         generator=torch.Generator(),  # the global one belongs to training, which must not notice an evaluation
     )
     for batch in loader:
