@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.memory import peak_gib, reset_peak, resident_gib
 from tests.checkpoint.tiny_run import ALONE, build_saver, same, state_of, tiny_parts, train_steps
 from tests.distributed.launch import current_runtime
 from training.checkpoint import checkpointer, run_state
@@ -47,6 +48,24 @@ def restore_here(root: str, *, fall_back: bool = True) -> tuple[str, int]:
     except DamagedCheckpoint as damage:
         return str(damage), -1
     return "", parts.state.step
+
+
+def restore_a_larger_model(root: str) -> tuple[float, float]:
+    """(optimizer state, growth of resident memory beyond it at its peak) in MiB, of a restore into a new process."""
+    device = torch.device("cpu")
+    runtime = current_runtime()
+    parts = tiny_parts(width=256, layers=6)
+    train_steps(parts)
+    size = sum(value.nbytes for state in parts.optimizer.state.values() for value in state.values()) / 2**20
+    saver = build_saver(Path(root), parts)
+    saver.save_now_and_wait(0, "exit")
+    saver._staging = None  # type: ignore[assignment]
+    for parameter in parts.model.parameters():
+        parameter.grad = None
+    before = resident_gib()  # with an optimizer state, which the one that is read replaces
+    reset_peak(device)
+    restore(f"{root}/step_00000001", parts, runtime=runtime, steps_per_epoch=1, samples_per_step=4)
+    return size, (peak_gib(device) - before) * 1024
 
 
 def restore_blind(root: str) -> tuple[str, int]:

@@ -84,3 +84,9 @@ def test_ranks_that_hold_other_weights_after_loading_are_named(tmp_path: Path) -
     _two_steps(tmp_path)
     for error in run_ranks(2, jobs.restore_other_bits, str(tmp_path)):
         assert "the ranks [1] hold other weights than rank 0" in error
+
+
+def test_a_restore_takes_no_second_copy_of_the_optimizer_state(tmp_path: Path) -> None:
+    ((state, growth),) = run_ranks(1, jobs.restore_a_larger_model, str(tmp_path))
+    assert state > 30
+    assert growth < 0.35 * state

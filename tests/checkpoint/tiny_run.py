@@ -31,17 +31,17 @@ MODEL = {
 
 
 @cache
-def _model_path(width: int) -> str:
-    text = {**MODEL["text_cfg"], "width": width}  # type: ignore[dict-item]
+def _model_path(width: int, layers: int) -> str:
+    text = {**MODEL["text_cfg"], "width": width, "layers": layers}  # type: ignore[dict-item]
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
         json.dump({**MODEL, "text_cfg": text}, file)
     return file.name
 
 
-def tiny_parts(*, runtime: Runtime = ALONE, seed: int = 0, width: int = 32) -> RunParts:
+def tiny_parts(*, runtime: Runtime = ALONE, seed: int = 0, width: int = 32, layers: int = 1) -> RunParts:
     """The parts of a run before its first step."""
     torch.manual_seed(seed)
-    model = create_model(_model_path(width)).model
+    model = create_model(_model_path(width, layers)).model
     loader = build_train_loader(
         DataConfig(dataset_type="synthetic", train_num_samples=64, batch_size=4, workers=0),
         ImageConfig(),
