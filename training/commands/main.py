@@ -23,6 +23,7 @@ COMMANDS: dict[str, Command] = {
     "demo-result": Command("training.commands.demo_result", "print what a demo run has learned"),
     "data": Command("training.commands.data", "look at, index, time and trace training data"),
     "checkpoints": Command("training.commands.checkpoints", "list, verify, export, average and mirror checkpoints"),
+    "report": Command("training.commands.report", "write a page about a run: curves, starts, events, checkpoints"),
     "models": Command("training.commands.models", "list model names with parameters and cost"),
 }
 
