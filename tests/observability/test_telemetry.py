@@ -79,6 +79,14 @@ def test_update_rms_is_that_of_the_paper_for_every_tensor(implementation, monkey
     assert measured[PATCH_EMBEDDING_RMS] == measured[f"telemetry/update_rms/{PATCHES}"]
 
 
+def test_the_smallest_second_moment_is_the_mean_of_a_tensor_without_its_bias():
+    model = tiny_model()
+    optimizer = trained(model)
+    means = [state["exp_avg_sq"].double().mean() / (1 - 0.95**3) for state in optimizer.state.values()]
+    measured = Telemetry(model, optimizer, every=1).measure(batch_of())
+    assert measured["telemetry/second_moment_min"] == pytest.approx(float(min(means)), rel=1e-4)
+
+
 def test_a_steady_tensor_has_an_update_rms_of_one_from_the_first_step():
     model = tiny_model()
     measured = Telemetry(model, trained(model, steps=1), every=1).measure(batch_of())

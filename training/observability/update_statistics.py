@@ -107,8 +107,8 @@ class UpdateMeter:
         # All tensors of a group have made the same number of steps: bad steps are skipped for all of them.
         correction = _correction(moments[0]["step"], group["betas"][1], device=first.parameter.device)
         roots = torch._foreach_div(second, correction)
-        sums.append(_norms(roots, 1))
         torch._foreach_sqrt_(roots)
+        sums.append(_squares(roots))
         surprise = torch._foreach_div(grads, torch._foreach_clamp_min(roots, group["eps"]))
         sums.append(_squares(surprise))
         del surprise  # its memory is the next line's
@@ -179,8 +179,4 @@ def _cut(tensor: Tensor, piece: _Piece) -> Tensor:
 
 def _squares(tensors: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
     """Sum of squares of each tensor, fp32 [pieces]."""
-    return _norms(tensors, 2).square()
-
-
-def _norms(tensors: tuple[Tensor, ...] | list[Tensor], order: int) -> Tensor:
-    return torch.stack(torch._foreach_norm(tensors, order, dtype=torch.float32))
+    return torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)).square()
