@@ -8,7 +8,8 @@
 Both arms share everything but the guard, so neither is better placed in memory. The guard's arm also does what a run
 does with its verdicts: brings them to the host two steps later, and asks the escalation what follows. A difference of
 a per mille cannot be seen between steps of seconds on a machine that others use: the parts are therefore timed by
-themselves as well, telemetry and checksums spread over their intervals, and their sum is given as a share of a step.
+themselves as well, telemetry and checksums spread over their intervals, and their sum is given as a share of a step:
+by the wall clock, and on the CPU by processor time, which other programs disturb less.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = describe_run(torch.device(arguments.device))
     result = {"benchmark": "guard_cost", "run": run, **measure(arguments)}
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    sys.stdout.write(json.dumps({key: result[key] for key in ("per_step_ms", "share_pct", "ratio")}, indent=1) + "\n")
+    sys.stdout.write(json.dumps({key: result[key] for key in ("share", "ratio")}, indent=1) + "\n")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
@@ -136,12 +137,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         arms, blocks=arguments.blocks, block_steps=arguments.block_steps, rewarm_steps=0, device=setup.device
     )
     alone = measure_alone(setup, watched, repeats=arguments.repeats)
-    per_step = {
-        "guard": alone["judge"] + alone["read"],
-        "telemetry": (alone["telemetry"] + alone["sinks"]) / CONFIG.telemetry_every_n_steps,
-        "checksum": alone["checksum"] / CONFIG.checksum_every_n_steps,
-    }
-    quiet_ms = min(spread(times[name].wall).q25_ms for name in arms)
+    shares = {"wall": share(alone["wall"], step_ms=min(spread(times[name].wall).q25_ms for name in arms))}
+    if all(times["plain"].work):
+        shares["processor_time"] = share(alone["work"], step_ms=min(spread(times[name].work).q25_ms for name in arms))
     return {
         "settings": {
             **{name: value for name, value in vars(arguments).items() if name != "out"},
@@ -149,13 +147,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
             "checksum_every_n_steps": CONFIG.checksum_every_n_steps,
         },
         "step_ms": {name: spread(times[name].wall)._asdict() for name in arms},
-        "once_ms": {name: round(value, 4) for name, value in alone.items()},
-        "per_step_ms": {name: round(value, 4) for name, value in per_step.items()},
-        "quiet_step_ms": round(quiet_ms, 1),
-        "share_pct": {name: round(100 * value / quiet_ms, 4) for name, value in per_step.items()}
-        | {"sum": round(100 * sum(per_step.values()) / quiet_ms, 4)},
+        "once_ms": alone,
+        "share": shares,
         "ratio": ratios(times),
     }
+
+
+def share(once_ms: dict[str, float], *, step_ms: float) -> dict[str, float]:
+    """What each part costs per step at its default interval, and all of it as a share of a quiet step."""
+    per_step = {
+        "guard_ms": once_ms["judge"] + once_ms["read"],
+        "telemetry_ms": (once_ms["telemetry"] + once_ms["sinks"]) / CONFIG.telemetry_every_n_steps,
+        "checksum_ms": once_ms["checksum"] / CONFIG.checksum_every_n_steps,
+    }
+    total = sum(per_step.values())
+    numbers = {**per_step, "sum_ms": total, "step_ms": step_ms, "sum_pct": 100 * total / step_ms}
+    return {name: round(value, 4) for name, value in numbers.items()}
 
 
 def build(arguments: argparse.Namespace) -> Setup:
@@ -197,8 +204,8 @@ def ratios(times: dict[str, Times]) -> dict[str, object]:
     return found
 
 
-def measure_alone(setup: Setup, watched: Watched, *, repeats: int) -> dict[str, float]:
-    """Median ms of each part by itself, after a step."""
+def measure_alone(setup: Setup, watched: Watched, *, repeats: int) -> dict[str, dict[str, float]]:
+    """Median ms of each part by itself, after a step, by both clocks."""
     batch = setup.batches[0]
     telemetry = Telemetry(
         setup.model, setup.optimizer, every=CONFIG.telemetry_every_n_steps, autocast=setup.precision.autocast
@@ -224,7 +231,8 @@ def measure_alone(setup: Setup, watched: Watched, *, repeats: int) -> dict[str, 
         found = {name: median_ms(part, times, device=setup.device) for name, (part, times) in parts.items()}
         for sink in sinks:
             sink.close()
-    return found
+    wall, work = ({name: round(pair[clock], 4) for name, pair in found.items()} for clock in (0, 1))
+    return {"wall": wall, "work": work}
 
 
 def write(sinks: Sequence[MetricSink], measured: dict[str, float]) -> None:
@@ -233,17 +241,18 @@ def write(sinks: Sequence[MetricSink], measured: dict[str, float]) -> None:
         sink.write(0, measured)
 
 
-def median_ms(part: Callable[[], object], times: int, *, device: torch.device) -> float:
-    """Median time of one call, after one that does not count; on CUDA until the device is done."""
-    taken = []
+def median_ms(part: Callable[[], object], times: int, *, device: torch.device) -> tuple[float, float]:
+    """Median wall and processor time of a call, after one that does not count; on CUDA until the device is done."""
+    wall, work = [], []
     for _ in range(times + 1):
-        start = time.perf_counter()
+        start, start_work = time.perf_counter(), time.process_time()
         part()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        taken.append((time.perf_counter() - start) * 1000)
-    logger.info("%d calls: %.3f ms in the median", times, statistics.median(taken[1:]))
-    return statistics.median(taken[1:])
+        wall.append((time.perf_counter() - start) * 1000)
+        work.append((time.process_time() - start_work) * 1000)
+    logger.info("%d calls: %.3f ms in the median", times, statistics.median(wall[1:]))
+    return statistics.median(wall[1:]), statistics.median(work[1:])
 
 
 if __name__ == "__main__":
