@@ -144,6 +144,14 @@ def test_a_manifest_comes_after_all_files_and_goes_before_them(run: Path, bucket
     assert not open_store(bucket.url("run")).list("checkpoints/step_00000010/")
 
 
+def test_the_history_there_reaches_as_far_as_the_checkpoints(run: Path, bucket: UploadBucket) -> None:
+    mirror_of(run, bucket.url("run")).upload_once()
+    order = bucket.requests("PUT")
+    first_step = next(place for place, key in enumerate(order) if "step_" in key)
+    assert set(order[:first_step]) == {"run/out.log", "run/metrics.jsonl"}
+    assert order[-1] == "run/checkpoints/LATEST"
+
+
 def test_the_same_step_written_anew_is_retracted_before_it_is_replaced(run: Path, bucket: UploadBucket) -> None:
     mirror_of(run, bucket.url("run")).upload_once()
     save(run, 20, value=7)

@@ -1,7 +1,8 @@
 """Mirrors a run directory to a URL while the run goes on: ``--remote-sync``.
 
+    logs, metrics, events, starts                          first: the history reaches as far as any checkpoint there
     checkpoints, newest first: files -> MANIFEST.json      the manifest is the commit: without it there is no checkpoint
-    TAGS.json, LATEST, epoch_N.pt, logs, metrics, events   each as a whole
+    TAGS.json, LATEST, epoch_N.pt, ...                     each as a whole
     what retention has given up                            MANIFEST.json first, and only when a newer one is complete
 
 A thread of rank 0 does this every ``--remote-sync-frequency`` seconds and once more at the end. It waits for the
@@ -30,6 +31,7 @@ from training.checkpoint.mirror_plan import (
     SentFiles,
     epoch_files_to_delete,
     is_due,
+    is_history,
     keys_to_delete,
     plain_files,
     signature,
@@ -232,12 +234,16 @@ class Mirror:
         self._skipped = False
         self._listing = self._patiently("Listing", self._store.list)
         self._confirmed &= set(files_by_step(self._listing))
-        local_steps = self._checkpointer.steps()
-        for step in reversed(local_steps):  # the newest is worth most
-            self._upload_step(step)
+        steps = self._checkpointer.steps()  # before the logs are read: those reach as far as these
         files = plain_files(self._run)
         for path in files:
-            self._upload_file(path, final=final)
+            if is_history(path):
+                self._upload_file(path, final=final)
+        for step in reversed(steps):  # the newest is worth most
+            self._upload_step(step)
+        for path in files:
+            if not is_history(path):
+                self._upload_file(path, final=final)
         self._delete_old(self._checkpointer.steps(), [path.relative_to(self._run).as_posix() for path in files])
 
     def _upload_step(self, step: int) -> None:

@@ -105,6 +105,11 @@ def plain_files(run: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def is_history(path: Path) -> bool:
+    """Whether a file tells what happened until now, so that it must not be older than a checkpoint beside it."""
+    return path.suffix in (".jsonl", ".log", ".yaml", ".txt")
+
+
 def signature(path: Path) -> str:
     """Changes when a file is written to, or replaced."""
     status = path.stat()
