@@ -18,7 +18,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -78,6 +79,17 @@ class MirrorStatus:
     complete: bool = False
     """Whether the last round left nothing out."""
     last_error: str | None = None
+
+
+@contextmanager
+def start_errors(flag: str) -> Iterator[None]:
+    """While a run starts: ValueError for what its user can mend, RuntimeError for what may pass."""
+    try:
+        yield
+    except RemoteRefused as error:
+        raise ValueError(f"{flag}: {error}") from error
+    except StorageError as error:
+        raise RuntimeError(f"{flag}: {error}") from error
 
 
 class _Abandoned(Exception):
@@ -141,7 +153,7 @@ class Mirror:
             ValueError: the URL, the credentials or the permissions do not allow it, or another run is there.
             RuntimeError: the storage does not work.
         """
-        try:
+        with start_errors("--remote-sync"):
             steps = RemoteRun(self._store, options=self._options).steps()
             if steps and not continues:
                 raise ValueError(
@@ -154,10 +166,6 @@ class Mirror:
             self._mark = self._patiently("Reading", lambda: self._store.read(MARK_NAME))
             if self._mark != mark:
                 raise RuntimeError(f"{self._store.url}/{MARK_NAME} reads otherwise than it was written.")
-        except RemoteRefused as error:
-            raise ValueError(f"--remote-sync: {error}") from error
-        except StorageError as error:
-            raise RuntimeError(f"--remote-sync: {error}") from error
         try:
             aborted = self._store.abort_unfinished()
         except Exception as error:  # a courtesy: costs storage, not correctness

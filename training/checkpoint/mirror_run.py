@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from training.checkpoint.manifest import DamagedCheckpoint
-from training.checkpoint.mirror import Mirror
+from training.checkpoint.mirror import Mirror, start_errors
 from training.checkpoint.mirror_fetch import CHECKPOINTS, RemoteRun, fetch_history, fetch_newest, fetch_url
 from training.checkpoint.mirror_store import RemoteStore, open_store
 from training.config import CheckpointConfig
@@ -27,17 +27,18 @@ def bring_back(config: CheckpointConfig, *, run: Path, name: str, generation: in
         What to write into the log once it is open.
 
     Raises:
-        ValueError: not a URL that can be used. StorageError: it cannot be read.
+        ValueError: not a URL that can be used. RuntimeError: it cannot be read now.
         DamagedCheckpoint: there are checkpoints, and none is whole at either place.
     """
     if config.remote_sync is None or config.resume != "latest":
         return []
     remote = RemoteRun(_store(config, name))
     before = set((run / CHECKPOINTS).glob("step_*"))
-    history = fetch_history(remote, run)
     newest = None
     try:
-        newest = fetch_newest(remote, run / CHECKPOINTS, generation=generation)
+        with start_errors("--remote-sync"):
+            history = fetch_history(remote, run)
+            newest = fetch_newest(remote, run / CHECKPOINTS, generation=generation)
     except DamagedCheckpoint as damage:
         if not config.allow_restart_from_zero:
             raise
@@ -57,14 +58,16 @@ def fetch_resume(config: CheckpointConfig, *, checkpoints: Path | None, generati
     """The local directory of the checkpoint that ``--resume URL`` names. On rank 0.
 
     Raises:
-        ValueError: there is no run directory to fetch into, or nothing at the URL. DamagedCheckpoint, StorageError.
+        ValueError: there is no run directory to fetch into, or nothing at the URL. DamagedCheckpoint: nothing whole.
+        RuntimeError: it cannot be read now.
     """
     assert config.resume is not None
     if checkpoints is None:
         raise ValueError("--resume URL with --logs none: there is no run directory to fetch the checkpoint into.")
     checkpoints.mkdir(parents=True, exist_ok=True)
     protocol = config.remote_sync_protocol if config.remote_sync is not None else None
-    return str(fetch_url(config.resume, checkpoints, protocol=protocol, generation=generation))
+    with start_errors("--resume"):
+        return str(fetch_url(config.resume, checkpoints, protocol=protocol, generation=generation))
 
 
 def open_mirror(
