@@ -215,17 +215,26 @@ def read_arm(arguments: argparse.Namespace, name: str) -> Curve:
 
 def summarize(curve: Curve, faults: dict[int, str]) -> dict[str, object]:
     """What the picture shows, in numbers."""
-    last = list(curve.loss.values())[-50:]
+    finite = {step: value for step, value in curve.loss.items() if math.isfinite(value)}
     moment = next(step for step, fault in faults.items() if fault == SECOND_MOMENT)
-    after = [value for step, value in curve.loss.items() if step > moment]
+    before, after = ([finite[step] for step in finite if 0 < step - start <= 100] for start in (moment - 101, moment))
+    last = [value for step, value in curve.loss.items() if step > max(curve.loss) - 50]
     kinds = sorted({event["event"] for event in curve.events})
     return {
         "exit_code": curve.exit_code,
-        "loss_mean_of_last_50": round(sum(last) / len(last), 4),
-        "loss_max_after_second_moment": round(max(after), 4) if all(map(math.isfinite, after)) else "not finite",
-        "steps_with_a_loss_that_is_not_finite": sum(not math.isfinite(value) for value in curve.loss.values()),
+        "median_loss_in_the_100_steps_before_the_second_moment": _median(before),
+        "median_loss_in_the_100_steps_after_it": _median(after),
+        "median_loss_of_the_last_50_steps": _median(last),
+        "last_step_with_a_finite_loss": max(finite),
+        "steps_with_a_loss_that_is_not_finite": len(curve.loss) - len(finite),
         "events": {kind: [event["step"] for event in curve.events if event["event"] == kind] for kind in kinds},
     }
+
+
+def _median(values: Sequence[float]) -> float | str:
+    """Of the finite ones."""
+    finite = [value for value in values if math.isfinite(value)]
+    return round(statistics.median(finite), 4) if finite else "not finite"
 
 
 def draw(curves: dict[str, Curve], *, faults: dict[int, str], path: Path) -> None:
