@@ -364,6 +364,17 @@ def test_a_storage_that_hangs_does_not_hang_the_end(
     assert f"clipyard checkpoints mirror {run} {bucket.url('run')}" in caplog.text
 
 
+def test_a_process_ends_although_its_upload_hangs(run: Path, bucket: UploadBucket) -> None:
+    key = "run/checkpoints/step_00000020/data.safetensors"
+    bucket.faults(key, Fault(times=1, stall_at=0, stall_s=30))
+    program = _VICTIM.replace("time.sleep(60)", "mirror.finish(0.5)")
+    start = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", program, str(run), bucket.url("run")], timeout=25, check=False)
+    assert ended.returncode == 0
+    assert bucket.has_struck(key)
+    assert time.monotonic() - start < 25
+
+
 def test_a_start_is_refused_where_nothing_can_be_written(
     run: Path, bucket: UploadBucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
