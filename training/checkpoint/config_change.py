@@ -160,6 +160,12 @@ def check_config_change(
     return replace(change, recorded=(*change.recorded, *_job_differences(train, config, world_size=world_size)))
 
 
+def saved_global_batch(train: Mapping[str, Any]) -> int:
+    """Samples of all ranks and micro-steps in a step of the run that wrote a train.json."""
+    saved = {**_defaults(), **train.get("config", {})}
+    return int(train.get("world_size", 1)) * int(saved["batch_size"]) * int(saved["accum_freq"])
+
+
 def remarks(change: ConfigChange, train: Mapping[str, Any], config: Config) -> list[str]:
     """What the log should say about a change, a line each."""
     lines = []
@@ -199,9 +205,7 @@ def _plain(value: Any) -> Any:
 
 
 def _job_differences(train: Mapping[str, Any], config: Config, *, world_size: int) -> list[Difference]:
-    saved = {**_defaults(), **train.get("config", {})}
-    saved_world = int(train.get("world_size", world_size))
-    before = saved_world * int(saved["batch_size"]) * int(saved["accum_freq"])
+    saved_world, before = int(train.get("world_size", world_size)), saved_global_batch(train)
     after = world_size * config.data.batch_size * config.engine.accum_freq
     facts = (Difference("world_size", saved_world, world_size), Difference("global_batch_size", before, after))
     return [fact for fact in facts if fact.saved != fact.now]
