@@ -150,6 +150,11 @@ def unpickle_everything(moment: Moment) -> None:
     moment.kwargs["weights_only"] = False
 
 
+def same_config(moment: Moment) -> None:
+    """The protection is off: the settings of now are compared with themselves; at ``compare_config``."""
+    moment.args[0] = moment.args[1]
+
+
 def limit_file_size(moment: Moment, *, size: int) -> None:
     """Until the function has returned no file can grow beyond ``size`` bytes: a full disk, as far as writing goes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -254,7 +259,7 @@ ACTS: dict[str, Callable[..., None]] = {
             spoil_weight,
         ),
         *(save_in_place, follow_hint, newest_only, trust_what_is_there, wait_for_writer, damaged),
-        *(newest_by_time, hide, shift_clock, unpickle_everything),
+        *(newest_by_time, hide, shift_clock, unpickle_everything, same_config),
         *(kill_workers, limit_worker_memory),
     )
 }

@@ -286,9 +286,13 @@ class Lab:
         """What a run did."""
         return read_record(self.run_directory(name))
 
+    def last_start(self, name: str) -> dict[str, Any]:
+        """What is on record of the newest start of a run."""
+        return starts(self.run_directory(name))[-1]
+
     def first_step(self, name: str) -> int:
         """The step that the newest start of a run began with."""
-        return int(starts(self.run_directory(name))[-1]["step"])
+        return int(self.last_start(name)["step"])
 
     def close(self) -> None:
         """Kills what still runs; nothing that a job has started may be left, nor any of its memory."""

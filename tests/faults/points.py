@@ -40,6 +40,8 @@ POINTS = {
     "retention": "training.checkpoint.checkpointer:Checkpointer.remove_old",
     "choose_writers": "training.checkpoint.parts:choose_writers",
     "share_is_finite": "training.checkpoint.checkpointer:_check_finite",
+    "abandon": "training.checkpoint.checkpointer:Checkpointer.abandon",
+    "note_failure": "training.checkpoint.saver:Saver._note_failure",
     "export": "training.checkpoint.export:write_epoch_file",
     # a resume, in order
     "list_steps": "training.checkpoint.checkpointer:Checkpointer.steps",
@@ -52,6 +54,7 @@ POINTS = {
     "agree": "training.checkpoint.step_loading:TensorStream.agree",
     "is_equal": "training.checkpoint.step_loading:check_equal",
     "check_fit": "training.checkpoint.run_state:_check_fit",
+    "compare_config": "training.checkpoint.config_change:compare",
     "torch_load": "torch.serialization:load",
     "load": "training.checkpoint.run_state:_load",
     "load_position": "training.data.loader:TrainLoader.load_position",

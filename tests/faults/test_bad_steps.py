@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.faults.lab import Disagreement, Lab, Record, compare, events
 from tests.faults.plan import Fault

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from tests.faults.damage import DAMAGES
-from tests.faults.lab import Lab, Record, compare
+from tests.faults.lab import Disagreement, Lab, Record, compare
 from tests.faults.plan import Fault
 from training.checkpoint.checkpointer import Checkpointer
 from training.checkpoint.manifest import DamagedCheckpoint
@@ -121,12 +122,15 @@ def test_ranks_that_see_no_common_checkpoint_fail_together(copy: Lab) -> None:
     assert copy.steps("r") == [3, 6]
 
 
-def test_without_the_agreement_a_rank_that_cannot_read_trains_other_weights(copy: Lab) -> None:
+def test_without_the_agreement_a_rank_that_cannot_read_spoils_the_run(
+    copy: Lab, undisturbed: Callable[..., Record]
+) -> None:
     """Negative control of row 37: faults stay with the rank that finds them."""
-    hidden = Fault("open_file", "hide", rank=1, with_={"part": "step_00000006"})
-    alone = [Fault("agree", "skip"), Fault("is_equal", "skip"), Fault("check_fit", "skip")]
-    ended = copy.run("r", plan=[hidden, *alone])
-    assert ended.codes != [0, 0] or copy.record("r").weights != copy.record("r").weights or copy.first_step("r") == 6
+    hidden = Fault("open_file", "hide", rank=1, with_={"part": "step_00000006/optimizer"})
+    copy.finish("r", plan=[hidden, Fault("agree", "skip")])
+    assert copy.first_step("r") == 6
+    with pytest.raises(Disagreement, match="losses differ"):
+        compare(undisturbed(), copy.record("r"))
 
 
 @pytest.mark.parametrize("days", [-400, 400])
@@ -225,8 +229,6 @@ def test_a_reader_that_unpickles_everything_runs_the_code(lab: Lab) -> None:
 
 def _sign_again(step: Path) -> None:
     """A manifest that fits the changed files."""
-    import hashlib
-
     manifest = json.loads((step / "MANIFEST.json").read_text())
     for name in manifest["files"]:
         data = (step / name).read_bytes()
