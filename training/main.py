@@ -25,6 +25,7 @@ from models.tokenizer import build_tokenizer
 from models.weights import load_weights
 from training.checkpoint.checkpointer import Checkpointer
 from training.checkpoint.manifest import DamagedCheckpoint
+from training.checkpoint.mirror import FINISH_TIMEOUT_S, SIGNAL_TIMEOUT_S, Mirror
 from training.checkpoint.run_state import RunParts, names_a_run, read_weights, restore
 from training.checkpoint.saver import Saver
 from training.cli import Parsed, config_values, parse_or_exit
@@ -68,6 +69,7 @@ from training.run import (
     open_trace,
     record_data,
     record_settings,
+    start_mirror,
 )
 from training.state import TrainState
 from training.supervisor import Supervisor, Watch
@@ -126,9 +128,7 @@ def _start_watching(run: Run, watched: Watched) -> Watchdog:
         watched.closing.callback(run.lease.release)
         watched.job_end.last_act = run.lease.release
     watched.job_end.known_deaths = partial(killed_ranks, hangs)
-    watched.closing.enter_context(
-        closing(Heartbeat(config.timeout_heartbeat, rank=runtime.rank, directory=hangs))
-    )
+    watched.closing.enter_context(closing(Heartbeat(config.timeout_heartbeat, rank=runtime.rank, directory=hangs)))
     return watched.closing.enter_context(
         closing(
             Watchdog(
@@ -261,6 +261,7 @@ def _build_training(
     record_data(run, loader, first_step=parts.state.step)
     reporter = build_reporter(run, plan, loader_samples=loader.num_samples, first_step=parts.state.step)
     saver = _build_saver(run, parts)
+    mirror = start_mirror(run)
     supervisor = Supervisor(
         Watch(guard, escalation, preemption, watchdog, open_events(run, reporter, first_step=parts.state.step)),
         config=config.resilience,
@@ -306,6 +307,7 @@ def _build_training(
         evaluate=partial(_evaluate_epoch, run, built, evaluators, precision),
         saver=saver,
         supervisor=supervisor,
+        mirror=mirror,
     )
 
 
@@ -340,11 +342,14 @@ def _build_saver(run: Run, parts: RunParts) -> Saver | None:
     )
 
 
-def _train_and_close(run: Run, reporter: Reporter | None, **parts: Any) -> None:
+def _train_and_close(
+    run: Run, reporter: Reporter | None, *, supervisor: Supervisor, mirror: Mirror | None, **parts: Any
+) -> None:
     results = run.paths.results_jsonl if run.paths else None
     try:
         completed = train(
             reporter=reporter,
+            supervisor=supervisor,
             evaluated=lambda: evaluated_epochs(results) if results else set(),
             runtime=run.runtime,
             **parts,
@@ -357,6 +362,10 @@ def _train_and_close(run: Run, reporter: Reporter | None, **parts: Any) -> None:
             reporter.close()
     ending = "Finished" if completed else "Stopped"
     logger.info("%s %s%s.", ending, run.name, f": see {run.paths.root}" if run.paths else "")
+    if mirror is not None:
+        # A signal leaves seconds; the next start uploads the rest.
+        with supervisor.phase("save"):
+            mirror.finish(FINISH_TIMEOUT_S if completed else SIGNAL_TIMEOUT_S)
 
 
 def _build_evaluation_only(

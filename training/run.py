@@ -10,6 +10,8 @@ from datetime import datetime
 from pathlib import Path
 
 from models.clip import Clip
+from training.checkpoint.mirror import Mirror
+from training.checkpoint.mirror_run import bring_back, fetch_resume, is_remote_run, open_mirror
 from training.checkpoint.run_state import find_resume_path
 from training.cli import Parsed, config_values, to_yaml
 from training.config import Config
@@ -54,9 +56,9 @@ def open_run(parsed: Parsed, runtime: Runtime) -> Run:
     config = parsed.config
     name = on_first_rank(lambda: choose_run_name(config, date=datetime.now()), rank=runtime.rank)
     paths = run_paths(config, name=name, rank=runtime.rank)
-    lease = None
+    lease, fetched = None, list[str]()
     if paths is not None:
-        generation = on_first_rank(lambda: _claim(paths, config), rank=runtime.rank)
+        generation, fetched = on_first_rank(lambda: _claim(paths, config), rank=runtime.rank)
         lease = Lease(paths.leases, generation)
     writes_log = runtime.is_local_main if config.logging.log_local else runtime.is_main
     progress = set_up_logging(
@@ -68,16 +70,23 @@ def open_run(parsed: Parsed, runtime: Runtime) -> Run:
     if runtime.is_main:
         for notice in parsed.notices:
             logger.warning("%s", notice)
+        for notice in fetched:
+            logger.info("%s", notice)
     logger.info("Run %s: rank %d of %d on %s.", name, runtime.rank, runtime.world_size, runtime.device)
     return Run(config, runtime, name, paths, progress, lease)
 
 
-def _claim(paths: RunPaths, config: Config) -> int:
-    """Makes the run directory this start's own; returns its generation. On rank 0."""
+def _claim(paths: RunPaths, config: Config) -> tuple[int, list[str]]:
+    """Makes the run directory this start's own, and fetches what only the mirror has. On rank 0.
+
+    Returns:
+        The generation of this start, and what to write into the log once it is open.
+    """
     claim_run_directory(paths, config=config)
     generation = claim_lease(paths.leases, take_over=config.resilience.take_over).generation
     remove_sentinels(paths.root)
-    return generation
+    notices = bring_back(config.checkpoint, run=paths.root, name=paths.root.name, generation=generation)
+    return generation, notices
 
 
 def agreed_resume_path(run: Run, *, verified: bool = True) -> str | None:
@@ -94,6 +103,10 @@ def agreed_resume_path(run: Run, *, verified: bool = True) -> str | None:
     resume, zero = run.config.checkpoint.resume, run.config.checkpoint.allow_restart_from_zero
     assert resume is not None
     checkpoints = run.paths.checkpoints if run.paths else None
+    if is_remote_run(resume):
+        return on_first_rank(
+            lambda: fetch_resume(run.config.checkpoint, checkpoints=checkpoints), rank=run.runtime.rank
+        )
     return on_first_rank(
         lambda: find_resume_path(resume, checkpoints=checkpoints, verified=verified, allow_restart_from_zero=zero),
         rank=run.runtime.rank,
@@ -194,6 +207,28 @@ def open_events(run: Run, reporter: Reporter | None, *, first_step: int) -> Even
     if reporter is None or run.paths is None:
         return None
     return EventLog(run.paths.events_jsonl, first_step, sinks=reporter.detail_sinks)
+
+
+def start_mirror(run: Run) -> Mirror | None:
+    """Begins to mirror the run (``--remote-sync``); on rank 0, None elsewhere. Collective: all ranks.
+
+    Raises:
+        ValueError: the URL cannot be used, holds another run, or does not work; on every rank.
+    """
+    paths, lease = run.paths, run.lease
+    if paths is None or run.config.checkpoint.remote_sync is None:
+        return None
+    opened: list[Mirror | None] = []
+
+    def check() -> None:
+        fence = lease.check if lease is not None else None
+        opened.append(open_mirror(run.config.checkpoint, run=paths.root, name=run.name, fence=fence))
+
+    on_first_rank(check, rank=run.runtime.rank)
+    mirror = opened[0] if opened else None
+    if mirror is not None:
+        mirror.start()
+    return mirror
 
 
 def open_trace(run: Run, *, first_step: int) -> SampleTrace | None:
