@@ -267,7 +267,7 @@ def draw(curves: dict[str, Curve], *, faults: dict[int, str], path: Path) -> Non
             if len(lost) > 1:  # a step that the guard skips is not the end
                 axes[0].plot(last, curve.loss[last], "x", color=COLORS[name], markersize=11, markeredgewidth=3)
                 axes[0].annotate("NaN from here on", (last, curve.loss[last]), (8, 8), textcoords="offset points")
-    axes[0].legend(loc="upper right", fontsize=9, framealpha=0.95)
+    axes[0].legend(loc="upper left", fontsize=9, framealpha=0.95)
     for axis in axes[1:3]:
         axis.set_yscale("log")
     axes[2].axhline(2.3, color="black", linewidth=0.8, linestyle=":")
