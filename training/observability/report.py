@@ -179,7 +179,7 @@ def _legend(marks: Sequence[Mark]) -> str:
         for kind, meaning in _LEGEND.items()
         if kind in kinds
     ]
-    return f'<p class="legend">{"".join(entries)}</p>' if entries else ""
+    return f'<p class="legend"><span>All curves are over steps. Marked:</span>{"".join(entries)}</p>' if entries else ""
 
 
 def _starts_table(starts: Sequence[Mapping[str, Any]]) -> str:
