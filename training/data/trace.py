@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +40,18 @@ class SampleTrace:
 
 
 def truncate_trace(path: Path, *, first_step: int) -> None:
-    """Removes the records of ``first_step`` and later ones, and a torn one at the end."""
+    """Removes the records of ``first_step`` and later ones, and a torn one at the end.
+
+    A new file takes the place of the old: a process that was taken for dead, and wakes up, appends to one that has no
+    name any more.
+    """
     if not path.exists():
         return
-    kept = int(np.searchsorted(_read(path)["step"], first_step))
-    os.truncate(path, kept * RECORD.itemsize)
+    records = _read(path)
+    kept = records[: int(np.searchsorted(records["step"], first_step))]
+    staging = path.with_suffix(".tmp")
+    staging.write_bytes(kept.tobytes())
+    staging.replace(path)
 
 
 def truncate_other_ranks(directory: Path, *, world_size: int, first_step: int) -> None:
