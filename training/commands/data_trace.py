@@ -7,7 +7,6 @@ step (which decodes every sample in between, to know which of them could be used
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from training.data.position import StreamPosition, read_position
 from training.data.storage import StorageError
 from training.data.trace import TRACE_DIRECTORY, read_trace
 from training.naming import STARTS_FILE
+from training.observability.history import read_starts
 
 
 class Start(NamedTuple):
@@ -100,11 +100,16 @@ def _start_before(run: Path, step: int) -> Start:
         raise ValueError(
             f"{path} does not exist: {str(run)!r} is no run of this program. Pass --logs joined with --name."
         )
-    starts = [Start(**json.loads(line)) for line in path.read_text().splitlines()]
-    before = [start for start in starts if start.step <= step]
+    lines = read_starts(path)
+    before = [line for line in lines if line["step"] <= step]
     if not before:
-        raise ValueError(f"The run begins at step {starts[0].step}, after --step {step}.")
-    return before[-1]
+        raise ValueError(f"The run begins at step {lines[0]['step']}, after --step {step}.")
+    changed = [line["step"] for line in lines[lines.index(before[-1]) + 1 :] if line.get("new_data")]
+    if changed:
+        raise ValueError(
+            f"Other data was given from step {changed[0]} on: what was read before cannot be told any more."
+        )
+    return Start(**{name: before[-1][name] for name in Start._fields})
 
 
 def _loader(config: Config, start: Start, *, rank: int) -> TrainLoader:
