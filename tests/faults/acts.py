@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from training.checkpoint.manifest import DamagedCheckpoint, describe
+from training.data.storage_errors import StorageError
 
 
 class Instead(Exception):
@@ -43,6 +44,15 @@ class Moment:
 def kill(moment: Moment) -> None:
     """As the out-of-memory killer does."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_times(moment: Moment, *, path: str, times: int) -> None:
+    """The same, in each of the first so many starts; a file counts them."""
+    counter = Path(path)
+    count = len(counter.read_text()) if counter.exists() else 0
+    if count < times:
+        counter.write_text("x" * (count + 1))
+        kill(moment)
 
 
 def send(moment: Moment, *, name: str, then_s: float = 0.0) -> None:
@@ -150,6 +160,11 @@ def unpickle_everything(moment: Moment) -> None:
     moment.kwargs["weights_only"] = False
 
 
+def give_up(moment: Moment) -> None:
+    """The protection is off: the first failure of the storage is the last; at ``retry``."""
+    raise StorageError("planted: no further attempt")
+
+
 def same_config(moment: Moment) -> None:
     """The protection is off: the settings of now are compared with themselves; at ``compare_config``."""
     moment.args[0] = moment.args[1]
@@ -246,7 +261,20 @@ def _children(pid: int) -> list[int]:
 ACTS: dict[str, Callable[..., None]] = {
     act.__name__: act
     for act in (
-        *(kill, send, sleep, hold_interpreter, leave, fail, fail_with_errno, no_memory, skip, wait_for, touch),
+        *(
+            kill,
+            kill_times,
+            send,
+            sleep,
+            hold_interpreter,
+            leave,
+            fail,
+            fail_with_errno,
+            no_memory,
+            skip,
+            wait_for,
+            touch,
+        ),
         *(
             limit_file_size,
             spoil_image,
@@ -259,7 +287,7 @@ ACTS: dict[str, Callable[..., None]] = {
             spoil_weight,
         ),
         *(save_in_place, follow_hint, newest_only, trust_what_is_there, wait_for_writer, damaged),
-        *(newest_by_time, hide, shift_clock, unpickle_everything, same_config),
+        *(newest_by_time, hide, shift_clock, unpickle_everything, give_up, same_config),
         *(kill_workers, limit_worker_memory),
     )
 }

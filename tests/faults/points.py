@@ -64,7 +64,11 @@ POINTS = {
     "claim": "training.resilience.lease:claim_lease",
     "is_ended": "training.resilience.lease:_check_ended",
     # the loader
-    "worker_chunk": "training.data.worker_pool:WorkerPool.next_batch",
+    "new_workers": "training.data.worker_pool:WorkerPool.__init__",
+    "retry": "training.data.storage_errors:Patience.failed",
+    # the mirror
+    "upload": "training.checkpoint.mirror:Mirror._upload",
+    "upload_step": "training.checkpoint.mirror:Mirror._upload_step",
 }
 
 Wrapper = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
