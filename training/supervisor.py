@@ -14,7 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from training.distributed.collectives import all_reduce_max, broadcast_object, g
 from training.distributed.runtime import Runtime
 from training.observability.events import EventLog
 from training.observability.reporter import Reporter
+from training.observability.stragglers import Straggler
 from training.observability.telemetry import HIGH_SHARE
 from training.optim.optimizer import set_beta2
 from training.resilience.delayed import LAG, DelayedVitals
@@ -172,6 +173,11 @@ class Supervisor:
         share = all_reduce_max(share)  # collective: all ranks
         for action in self._watch.escalation.observe_update_rms(step, share.item()):  # host sync
             self._carry_out(action, None)
+
+    def note_straggler(self, step: int, straggler: Straggler) -> None:
+        """Says which rank all others wait for; the run goes on."""
+        logger.warning("Step %d: %s.", step, straggler)
+        self._note(step, "straggler", **asdict(straggler))
 
     def rewind(self, onset: int, *, settle: bool) -> bool:
         """Takes the weights back to before ``onset``; data and counters go on. Collective: all ranks.

@@ -7,6 +7,7 @@ batches on the device -> micro-batches of one step -> TrainStep -> StepMetrics -
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from training.checkpoint.saver import Saver
 from training.data.batch import Batch, BatchRecord, DeviceBatch
 from training.data.meter import DataMeter
 from training.data.trace import SampleTrace
-from training.distributed.collectives import all_reduce_sum
+from training.distributed.collectives import all_reduce_sum, gather_objects
 from training.distributed.runtime import Runtime
 from training.distributed.start_up import on_first_rank
 from training.observability.metrics import StepClock
 from training.observability.reporter import Reporter
+from training.observability.stragglers import RankTimes, StragglerReport
 from training.observability.telemetry import Telemetry
 from training.resilience.guard import VITALS
 from training.state import TrainState
@@ -109,11 +111,13 @@ def train(
     owed = _owed_evaluation(plan, state.step + ahead, evaluated=evaluated, runtime=runtime)
     if owed is not None:
         _evaluate(owed, state.step, evaluate=evaluate, saver=saver, supervisor=supervisor, reporter=reporter)
+    stragglers = StragglerReport(gather_objects(socket.gethostname()))  # collective: all ranks
     batches = load(iter(parts.loader))
     clock = StepClock()
     while state.step + ahead < plan.total_steps:
         step, place = state.step, state.step + ahead  # batches consumed, and where in the schedule this one stands
         micro_batches, waited_s = _next_micro_batches(batches, plan.accum_freq)
+        train_step.compute_clock.start()
         lr = schedule(place) * supervisor.lr_factor
         metrics = train_step(micro_batches, lr=lr)
         _consume(micro_batches, plan, parts=parts, trace=trace)
@@ -123,7 +127,12 @@ def train(
             numbers = _read_metrics(metrics, world_size=runtime.world_size)  # host sync; collective: all ranks
             numbers |= clock.read(samples_per_step=plan.samples_per_step, world_size=runtime.world_size)
             numbers |= {"lr": lr, "epoch": place / plan.steps_per_epoch, "samples_seen": state.samples_seen}
-            numbers |= _read_data(metrics, clock, parts=parts, meter=meter, device=runtime.device)
+            computed = train_step.compute_clock.read()  # host sync
+            numbers |= _read_data(metrics, clock, computed.seconds, parts=parts, meter=meter, device=runtime.device)
+            times = _times_of_ranks(meter, steps=computed.steps)
+            numbers |= stragglers.metrics(times)
+            if (straggler := stragglers.observe(times, step_s=numbers["batch_time"])) is not None:
+                supervisor.note_straggler(step, straggler)
             if reporter is not None:
                 log_line = plan.logs_line(place)
                 reporter.step(step, numbers, place=place, samples_per_step=plan.samples_per_step, log_line=log_line)
@@ -221,15 +230,26 @@ def _read_metrics(metrics: StepMetrics, *, world_size: int) -> dict[str, float]:
 
 
 def _read_data(
-    metrics: StepMetrics, clock: StepClock, *, parts: RunParts, meter: DataMeter, device: torch.device
+    metrics: StepMetrics,
+    clock: StepClock,
+    compute_s: float,
+    *,
+    parts: RunParts,
+    meter: DataMeter,
+    device: torch.device,
 ) -> dict[str, float]:
     """What was read, and the loss by source. Collective: all ranks.
 
     Raises:
         DataBudgetExceeded: too much of the data is bad; on all ranks.
     """
-    measured = meter.measure(wait_s=clock.data_wait_s, elapsed_s=clock.elapsed_s, device=device)
+    measured = meter.measure(wait_s=clock.data_wait_s, elapsed_s=clock.elapsed_s, device=device, compute_s=compute_s)
     return measured | _read_source_losses(metrics, names=parts.loader.source.source_names)
+
+
+def _times_of_ranks(meter: DataMeter, *, steps: int) -> RankTimes:
+    """What the meter has just gathered, per step."""
+    return RankTimes(*([seconds / steps for seconds in meter.of_ranks(name)] for name in ("compute_s", "wait_s")))
 
 
 def _read_source_losses(metrics: StepMetrics, *, names: Sequence[str]) -> dict[str, float]:

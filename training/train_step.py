@@ -21,6 +21,7 @@ Legend: B rank batch, E embedding, k micro-batches, R = k * B rows of this rank 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple, Self, cast
 
 import torch
@@ -31,6 +32,7 @@ from training.data.batch import DeviceBatch
 from training.distributed.parallelize import unwrap
 from training.losses import Loss
 from training.losses.by_group import losses_by_group
+from training.observability.compute_clock import ComputeClock
 from training.optim.update import Update, running_statistics_kept
 from training.precision import Precision
 from training.resilience.guard import StepGuard
@@ -85,6 +87,8 @@ class TrainStep:
         self.precision = precision
         self.scaler = scaler or torch.amp.GradScaler(precision.device_type, enabled=False)
         self.num_sources = num_sources
+        self.compute_clock = ComputeClock(precision.device_type)
+        """Started by whoever has waited for the batch; stopped here, where the ranks meet."""
         self._update = Update(
             unwrap(model), optimizer=optimizer, scaler=self.scaler, grad_clip_norm=grad_clip_norm, guard=guard
         )
@@ -128,6 +132,7 @@ class TrainStep:
     def _backward(self, batch: DeviceBatch) -> tuple[Tensor, list[ClipOutput]]:
         """Gradients of one micro-batch. DDP sums them over ranks while the backward pass still runs."""
         output = self._forward(self.model, batch)
+        self.compute_clock.stop()
         loss = self.loss(*output)  # outside of autocast: logits and loss in fp32
         self.scaler.scale(loss).backward()
         return loss.detach(), [output]
@@ -138,6 +143,7 @@ class TrainStep:
 
         # 1. Features of all micro-batches, and the random state each of them started with.
         outputs, random_states = self._encode_without_gradient(micro_batches)
+        self.compute_clock.stop()
 
         # 2. One loss over everything. The features become leaves, so backward stops there instead of in the towers.
         joined = _join(outputs)
@@ -164,6 +170,7 @@ class TrainStep:
         if not self._needs_first_exchange:
             return
         self._needs_first_exchange = False
+        self.compute_clock.stop()  # what follows in this one step is no rank's own time
         state = RandomState.capture(batch.images.device)
         with running_statistics_kept(unwrap(self.model)):
             output = self._forward(self.model, batch)
@@ -188,7 +195,9 @@ class TrainStep:
     def _forward(self, model: nn.Module, batch: DeviceBatch) -> ClipOutput:
         # One autocast region per forward pass. It remembers weights cast to half precision, and a cast made without
         # gradient, reused with gradient, would cut the weight off from the graph.
-        with self.precision.autocast():
+        plain = unwrap(model)
+        meeting = nullcontext() if plain is model else self.compute_clock.paused_until_called(plain)
+        with self.precision.autocast(), meeting:
             return cast(ClipOutput, model(batch.images, batch.texts))
 
 
