@@ -24,12 +24,13 @@ from models.locking import lock_image_tower, lock_text_tower
 from models.tokenizer import build_tokenizer
 from models.weights import load_weights
 from training.checkpoint.checkpointer import Checkpointer
+from training.checkpoint.config_change import ConfigChange, check_config_change, remarks
 from training.checkpoint.manifest import DamagedCheckpoint
 from training.checkpoint.mirror import FINISH_TIMEOUT_S, SIGNAL_TIMEOUT_S, Mirror
 from training.checkpoint.run_state import RunParts, names_a_run, read_weights, restore
 from training.checkpoint.saver import Saver
 from training.cli import Parsed, config_values, parse_or_exit
-from training.config import Config, ModelConfig
+from training.config import Config, ModelConfig, ScheduleConfig
 from training.data.accounting import FEWEST_SLOTS, BadSampleBudget, DataBudgetExceeded
 from training.data.batch import Batch, DeviceBatch, to_device
 from training.data.build import build_train_loader, has_train_data
@@ -61,14 +62,16 @@ from training.resilience.lease import LeaseLost
 from training.resilience.preemption import Preemption
 from training.resilience.watchdog import Watchdog
 from training.run import (
+    Origin,
     Run,
+    agreed_branch_point,
     agreed_resume_path,
     build_reporter,
     open_events,
     open_run,
     open_trace,
-    record_data,
     record_settings,
+    record_start,
     start_mirror,
 )
 from training.state import TrainState
@@ -256,9 +259,10 @@ def _build_training(
     )
     base_lr = float(optimizer.param_groups[0]["lr"])  # --lr, or the default of an optimizer that was given none
     beta2 = optimizer.defaults["betas"][1] if "betas" in optimizer.defaults else None
-    _resume(run, parts, plan=plan)
+    origin = _resume(run, parts, plan=plan)
+    parts.state.schedule_batch = parts.state.schedule_batch or plan.samples_per_step
     record_settings(run, built.model, plan)
-    record_data(run, loader, first_step=parts.state.step)
+    record_start(run, loader, first_step=parts.state.step, origin=origin)
     reporter = build_reporter(run, plan, loader_samples=loader.num_samples, first_step=parts.state.step)
     saver = _build_saver(run, parts)
     mirror = start_mirror(run)
@@ -288,7 +292,7 @@ def _build_training(
             num_sources=len(loader.source.source_names),
             guard=guard,
         ),
-        schedule=build_schedule(config.schedule, lr=base_lr, steps_per_epoch=plan.steps_per_epoch),
+        schedule=_build_schedule(config.schedule, lr=base_lr, plan=plan, state=parts.state),
         load=_device_loading(built, precision, device=runtime.device),
         meter=DataMeter(
             loader,
@@ -309,6 +313,13 @@ def _build_training(
         supervisor=supervisor,
         mirror=mirror,
     )
+
+
+def _build_schedule(config: ScheduleConfig, *, lr: float, plan: TrainPlan, state: TrainState) -> Callable[[int], float]:
+    """The learning rate by place in the plan: after as many samples the same rate, whatever the global batch."""
+    ratio = plan.samples_per_step / state.schedule_batch
+    schedule = build_schedule(config, lr=lr, steps_per_epoch=round(plan.steps_per_epoch * ratio))
+    return lambda place: schedule(round(place * ratio))
 
 
 def _device_loading(
@@ -416,22 +427,38 @@ def _evaluate_epoch(
     )
 
 
-def _resume(run: Run, parts: RunParts, *, plan: TrainPlan) -> None:
-    """Restores what ``--resume`` names. Collective: all ranks."""
-    if run.config.checkpoint.resume is None:
-        return
-    path = agreed_resume_path(run, verified=False)
+def _resume(run: Run, parts: RunParts, *, plan: TrainPlan) -> Origin:
+    """Restores what ``--resume`` or ``--branch-from`` names, if its settings allow that. Collective: all ranks."""
+    branch = agreed_branch_point(run)
+    if branch is None and run.config.checkpoint.resume is None:
+        return Origin()
+    path = agreed_resume_path(run, verified=False) if branch is None else str(branch.directory)
     if path is None:
         logger.info("Run %s has no checkpoint yet: starting from the beginning.", run.name)
-        return
-    restore(
+        return Origin()
+    change = ConfigChange()
+
+    def judge(saved: Mapping[str, Any]) -> None:
+        nonlocal change
+        branches = branch is not None
+        change = check_config_change(saved, run.config, world_size=run.runtime.world_size, branches=branches)
+        parts.loader.accepts_new_stream = branches or change.allows_other_data
+        for line in remarks(change, saved, run.config):
+            logger.info("%s", line)
+
+    loaded = restore(
         path,
         parts,
         runtime=run.runtime,
         steps_per_epoch=plan.steps_per_epoch,
         samples_per_step=plan.samples_per_step,
-        fall_back=names_a_run(run.config.checkpoint.resume),
+        fall_back=branch is None and names_a_run(str(run.config.checkpoint.resume)),
+        judge=judge,
     )
+    if change.unsettles and parts.guard is not None and parts.escalation is not None:
+        parts.guard.settle()
+        parts.escalation.settle()
+    return Origin(loaded, change.as_json(), None if branch is None else branch.as_json())
 
 
 def _set_device_defaults(device: torch.device) -> None:

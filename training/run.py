@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from models.clip import Clip
+from training.checkpoint.branch import BranchPoint, find_branch_point, has_own_checkpoint
 from training.checkpoint.mirror import Mirror
 from training.checkpoint.mirror_run import bring_back, fetch_resume, is_remote_run, open_mirror
 from training.checkpoint.run_state import find_resume_path
@@ -23,9 +26,12 @@ from training.losses.build import describe_loss
 from training.naming import RunPaths, choose_run_name, claim_run_directory, params_text, run_paths
 from training.observability.console import ProgressLine, set_up_logging
 from training.observability.events import EventLog
+from training.observability.history import append_start, describe_start, read_starts
 from training.observability.reporter import Reporter
 from training.observability.sinks import JsonLinesSink, MetricSink, TensorBoardSink, WandbSink
+from training.resilience.exit_codes import DO_NOT_REQUEUE
 from training.resilience.lease import Lease, claim_lease
+from training.resilience.progress import MOST_STARTS, crashed_starts
 from training.resilience.sentinel import remove_sentinels
 from training.train import TrainPlan
 from training.validation import report_targets
@@ -45,6 +51,8 @@ class Run:
     progress: ProgressLine
     lease: Lease | None
     """The claim of this start on the run directory; None with ``--logs none``."""
+    after_signal: bool
+    """Whether the start before this one ended in order because it was asked to; known on rank 0."""
 
 
 def open_run(parsed: Parsed, runtime: Runtime) -> Run:
@@ -56,10 +64,10 @@ def open_run(parsed: Parsed, runtime: Runtime) -> Run:
     config = parsed.config
     name = on_first_rank(lambda: choose_run_name(config, date=datetime.now()), rank=runtime.rank)
     paths = run_paths(config, name=name, rank=runtime.rank)
-    lease, fetched = None, list[str]()
+    lease, claim = None, Claim()
     if paths is not None:
-        generation, fetched = on_first_rank(lambda: _claim(paths, config), rank=runtime.rank)
-        lease = Lease(paths.leases, generation)
+        claim = on_first_rank(lambda: _claim(paths, config), rank=runtime.rank)
+        lease = Lease(paths.leases, claim.generation)
     writes_log = runtime.is_local_main if config.logging.log_local else runtime.is_main
     progress = set_up_logging(
         path=paths.out_log if paths and writes_log else None,
@@ -70,23 +78,53 @@ def open_run(parsed: Parsed, runtime: Runtime) -> Run:
     if runtime.is_main:
         for notice in parsed.notices:
             logger.warning("%s", notice)
-        for notice in fetched:
+        for notice in claim.notices:
             logger.info("%s", notice)
     logger.info("Run %s: rank %d of %d on %s.", name, runtime.rank, runtime.world_size, runtime.device)
-    return Run(config, runtime, name, paths, progress, lease)
+    return Run(config, runtime, name, paths, progress, lease, claim.after_signal)
 
 
-def _claim(paths: RunPaths, config: Config) -> tuple[int, list[str]]:
-    """Makes the run directory this start's own, and fetches what only the mirror has. On rank 0.
+class Claim(NamedTuple):
+    """What rank 0 found when it took the run directory."""
 
-    Returns:
-        The generation of this start, and what to write into the log once it is open.
-    """
+    generation: int = 0
+    after_signal: bool = False
+    notices: Sequence[str] = ()
+    """For the log, once it is open."""
+
+
+def _claim(paths: RunPaths, config: Config) -> Claim:
+    """Makes the run directory this start's own, and fetches what only the mirror has. On rank 0."""
     claim_run_directory(paths, config=config)
     generation = claim_lease(paths.leases, take_over=config.resilience.take_over).generation
-    remove_sentinels(paths.root)
+    after_signal = remove_sentinels(paths.root)
     notices = bring_back(config.checkpoint, run=paths.root, name=paths.root.name, generation=generation)
-    return generation, notices
+    return Claim(generation, after_signal, notices)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a start goes on from: nothing, a checkpoint of its own run, or one of its parent's."""
+
+    resumed_from: str | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """{setting: [in the checkpoint, now]}."""
+    parent: Mapping[str, Any] | None = None
+
+
+def agreed_branch_point(run: Run) -> BranchPoint | None:
+    """What ``--branch-from`` names, until the run has a checkpoint of its own. Collective: all ranks.
+
+    Raises:
+        ValueError: no such checkpoint; on every rank.
+    """
+    spec, logs = run.config.checkpoint.branch_from, Path(run.config.logging.logs)
+    if spec is None:
+        return None
+    checkpoints = run.paths.checkpoints if run.paths else None
+    return on_first_rank(
+        lambda: None if has_own_checkpoint(checkpoints) else find_branch_point(spec, logs=logs), rank=run.runtime.rank
+    )
 
 
 def agreed_resume_path(run: Run, *, verified: bool = True) -> str | None:
@@ -177,8 +215,8 @@ def record_settings(run: Run, model: Clip, plan: TrainPlan) -> None:
         _copy_code(run.paths.code)
 
 
-def record_data(run: Run, loader: TrainLoader, *, first_step: int) -> None:
-    """Says in the log how the data are dealt, and writes down what the samples of the next steps depend on."""
+def record_start(run: Run, loader: TrainLoader, *, first_step: int, origin: Origin) -> None:
+    """Says in the log how the data are dealt, and adds this start, with what it depends on, to the run's history."""
     deal, lanes = loader.deal, len(loader.lanes)
     logger.info(
         "Data: %d samples an epoch in %d slots; %d lanes, %d of them on this rank, shuffled in blocks of %d.",
@@ -190,16 +228,35 @@ def record_data(run: Run, loader: TrainLoader, *, first_step: int) -> None:
             *(loader.num_workers - lanes, loader.num_workers),
         )
     if run.runtime.is_main and run.paths is not None:
-        start = {
-            "step": first_step,
+        _check_progress(run, run.paths.starts_jsonl, first_step=first_step)
+        facts = {
             "world_size": run.runtime.world_size,
             "batch_size": loader.batch_size,
             "accum_freq": run.config.engine.accum_freq,
             "data_lanes": deal.num_lanes,
             "shuffle_block": deal.block,
+            "data_epoch": round(loader.epoch_of_lanes()[1], 4),
+            "after_signal": run.after_signal,
+            "new_data": loader.new_stream._asdict() if loader.new_stream else None,
         }
-        with run.paths.starts_jsonl.open("a") as file:
-            file.write(json.dumps(start) + "\n")
+        append_start(run.paths.starts_jsonl, describe_start(step=first_step, facts=facts, **vars(origin)))
+
+
+def _check_progress(run: Run, history: Path, *, first_step: int) -> None:
+    """Ends a job that the scheduler starts again and again, and that crashes every time before it has saved anything.
+
+    Raises:
+        SystemExit: with the code that says do not requeue.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    crashed = crashed_starts(read_starts(history), step=first_step, job=job, after_signal=run.after_signal)
+    if crashed >= MOST_STARTS:
+        logger.error(
+            "Job %s has crashed %d times in a row without getting past a checkpoint after step %d: look at the end of "
+            "%s for why. Submit it anew to try again.",
+            *(job, crashed, first_step, run.paths.out_log if run.paths else "the log"),
+        )
+        raise SystemExit(DO_NOT_REQUEUE)
 
 
 def open_events(run: Run, reporter: Reporter | None, *, first_step: int) -> EventLog | None:

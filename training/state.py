@@ -12,3 +12,5 @@ class TrainState:
     step: int = 0
     samples_seen: int = 0
     """Samples of all ranks that went into updates."""
+    schedule_batch: int = 0
+    """Global batch at the first start: the steps of the schedule, ``--warmup`` among them, are steps of so many."""

@@ -212,9 +212,12 @@ class Supervisor:
         self._note(step, "rewound", onset=onset, to_step=to_step)
         return True
 
-    def data_left_out(self) -> None:
-        """The data goes on from here, after a rewind."""
+    def save_rewound(self, *, epoch: int) -> None:
+        """The data goes on from here after a rewind, also if the run is killed now. Collective: all ranks."""
         self._watch.escalation.go_on(self._parts.state.step)
+        if self._saver is not None:
+            with self.phase("save"):
+                self._saver.save_now_and_wait(epoch=epoch, reason="rewind")
 
     def end_by_signal(self, *, epoch: int) -> None:
         """Saves, and tells the batch script to go on later. Collective: all ranks."""
@@ -320,7 +323,12 @@ class Supervisor:
         for saved in saver.poll():
             self._saved.append(saved.step)
             if self._reporter is not None:
-                numbers = {"stall_ms": saved.stall_ms, "write_s": saved.write_s, "gigabytes": saved.bytes / 1e9}
+                numbers = {
+                    "stall_ms": saved.stall_ms,
+                    "write_s": saved.write_s,
+                    "gigabytes": saved.bytes / 1e9,
+                    "dropped": saver.dropped,
+                }
                 self._reporter.scalars(saved.step, {f"checkpoint/{name}": value for name, value in numbers.items()})
         settled = [step for step in self._saved if step <= self._watch.escalation.good_through()]
         for step in settled:

@@ -150,9 +150,8 @@ def train(
         if decision.rewind_from is not None and supervisor.rewind(decision.rewind_from, settle=decision.settle):
             until = min(decision.resume_step, plan.end_of_epoch(place) - ahead)
             _leave_out(batches, plan, until=until, parts=parts, supervisor=supervisor, trace=trace)
-            supervisor.data_left_out()
             epoch, place_in_epoch = divmod(state.step + ahead, plan.steps_per_epoch)
-            decision = decision._replace(save=True)
+            supervisor.save_rewound(epoch=epoch)
         if saver is not None:
             # Saved before it is evaluated: an evaluation can be repeated, the steps cannot.
             with supervisor.phase("save"):

@@ -177,7 +177,7 @@ def _weights(run: Path) -> str:
 
 def show_resize(line: Sequence[str], directory: Path) -> None:
     """The second show: legs of a quarter of the data each, then one that reads all the rest."""
-    quarter = ["--name", "moved", "--train-num-samples", str(SHARDS * SAMPLES // 4)]
+    quarter = ["--name", "moved", "--train-num-samples", str(SHARDS * SAMPLES // 4), "--allow-config-change", "epochs"]
     for epochs, world_size in ((1, 4), (2, 2), (3, 3), (6, 1)):
         _run_to_end([*line, *quarter, "--epochs", str(epochs)], world_size=world_size)
         print(f"on {world_size} processes up to step {_last_step(directory / 'logs/moved')}", flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.clip import Clip
 from models.weights import load_weights
+from training.checkpoint.beta2 import carry_beta2
 from training.checkpoint.checkpointer import (
     Checkpointer,
     Share,
@@ -22,7 +23,9 @@ from training.checkpoint.checkpointer import (
     read_step_checkpoint,
     train_json,
 )
+from training.checkpoint.config_change import saved_global_batch
 from training.checkpoint.export import newest_epoch_file, read_epoch_file
+from training.checkpoint.foreign_optimizer import load_foreign_optimizer
 from training.checkpoint.manifest import DamagedCheckpoint, verify
 from training.checkpoint.optimizer_state import (
     check_optimizer_names,
@@ -39,6 +42,9 @@ from training.data.loader import TrainLoader
 from training.data.position import read_position
 from training.distributed.collectives import broadcast_object, gather_objects
 from training.distributed.runtime import Runtime
+from training.optim.optimizer import set_beta2
+from training.resilience.escalation import Escalation
+from training.resilience.guard import StepGuard
 from training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -61,8 +67,8 @@ class RunParts:
     scaler: torch.amp.GradScaler | None
     loader: TrainLoader
     state: TrainState
-    guard: Stateful | None = None
-    escalation: Stateful | None = None
+    guard: StepGuard | None = None
+    escalation: Escalation | None = None
 
 
 class Captured(NamedTuple):
@@ -102,6 +108,7 @@ def capture(parts: RunParts, *, runtime: Runtime, epoch: int, config: Mapping[st
         "step": parts.state.step,
         "epoch": epoch,
         "samples_seen": parts.state.samples_seen,
+        "schedule_batch": parts.state.schedule_batch,
         "world_size": runtime.world_size,
         "optimizer": optimizer_scalars,
         "param_groups": pack_groups(parts.optimizer, parts.model),
@@ -193,13 +200,18 @@ def restore(
     steps_per_epoch: int,
     samples_per_step: int,
     fall_back: bool = False,
-) -> None:
+    judge: Callable[[Mapping[str, Any]], None] | None = None,
+) -> str:
     """Loads a step checkpoint, or a ``.pt`` in OpenCLIP's layout (which starts at the beginning of an epoch).
 
     Collective: all ranks, with rank 0's path. Every file is read by one rank.
 
     Args:
         fall_back: if the checkpoint is damaged, the others beside it are tried, newest first.
+        judge: told the train.json of a step checkpoint before anything of it is loaded; raises ValueError to refuse.
+
+    Returns:
+        Which checkpoint was loaded.
 
     Raises:
         ValueError: another architecture, other trained parameters, or another data stream.
@@ -209,8 +221,9 @@ def restore(
         _restore_epoch_file(path, parts, steps_per_epoch=steps_per_epoch, samples_per_step=samples_per_step)
     else:
         others = Checkpointer(Path(path).parent).candidates() if fall_back and runtime.is_main else []
-        path = str(_load_first_whole(others or [Path(path)], parts, runtime=runtime, go_on=True))
+        path = str(_load_first_whole(others or [Path(path)], parts, runtime=runtime, go_on=True, judge=judge))
     logger.info("Resumed from %s at step %d (%d samples seen).", path, parts.state.step, parts.state.samples_seen)
+    return path
 
 
 def rewind(directory: Path, parts: RunParts, *, runtime: Runtime) -> None:
@@ -236,13 +249,22 @@ def rewind_before(onset: int, checkpointer: Checkpointer, parts: RunParts, *, ru
     return _load_first_whole([checkpointer.path(step) for step in steps], parts, runtime=runtime, go_on=False)
 
 
-def _load_first_whole(candidates: Sequence[Path], parts: RunParts, *, runtime: Runtime, go_on: bool) -> Path:
+def _load_first_whole(
+    candidates: Sequence[Path],
+    parts: RunParts,
+    *,
+    runtime: Runtime,
+    go_on: bool,
+    judge: Callable[[Mapping[str, Any]], None] | None = None,
+) -> Path:
     """Loads the first of rank 0's candidates that is whole: ranks may see a busy file system differently."""
     damages: list[str] = []
     candidates = broadcast_object(list(candidates))  # collective: all ranks
     for path in candidates:
         try:
             plan = agree_on_plan(path, rank=runtime.rank)  # collective: all ranks
+            if judge is not None:
+                judge(plan.train)
             _load(plan, parts, runtime=runtime, go_on=go_on)  # collective: all ranks
         except DamagedCheckpoint as damage:
             if runtime.is_main:
@@ -272,18 +294,22 @@ def _load(plan: StepPlan, parts: RunParts, *, runtime: Runtime, go_on: bool) -> 
     data = dict(stream.read(plan.files["data"])) if go_on else {}
     rng = dict(stream.read(plan.files["rng"])) if go_on else {}
     stream.agree()
+    if go_on:
+        _load_stateful(parts.escalation, train.get("escalation"))
+        _lower_beta2(parts)
     unpack_optimizer(parts.optimizer, parts.model, optimizer, train["optimizer"])
+    carry_beta2(parts.optimizer, train.get("param_groups", ()))
     if parts.scaler is not None and train["scaler"] is not None:
         parts.scaler.load_state_dict(train["scaler"])
     _load_stateful(parts.guard, train.get("guard"))
     check_equal(plan, weights)
     if go_on:
-        _load_stateful(parts.escalation, train.get("escalation"))
         position = {name: tensor.cpu() for name, tensor in data.items()}
         parts.loader.load_position(read_position(position, train["data"]))
         _restore_rng(rng, step=int(train["step"]), saved_world_size=train["world_size"], runtime=runtime)
         parts.state.step = int(train["step"])
         parts.state.samples_seen = int(train["samples_seen"])
+        parts.state.schedule_batch = int(train.get("schedule_batch") or saved_global_batch(train))
 
 
 def _check_fit(plan: StepPlan, parts: RunParts, *, runtime: Runtime) -> None:
@@ -319,6 +345,13 @@ def _check_shapes(saved: Mapping[str, tuple[int, ...]], model: Clip) -> None:
         )
 
 
+def _lower_beta2(parts: RunParts) -> None:
+    """A run that was saved while beta2 was lowered goes on with it. Before any state is loaded: only the setting."""
+    configured = [group["betas"][1] for group in parts.optimizer.param_groups if "betas" in group]
+    if configured and parts.escalation is not None and parts.escalation.beta2 is not None:
+        set_beta2(parts.optimizer, min(*configured, parts.escalation.beta2))
+
+
 def _load_stateful(part: Stateful | None, state: dict[str, Any] | None) -> None:
     if part is not None and state is not None:
         part.load_state_dict(state)
@@ -337,7 +370,8 @@ def _restore_epoch_file(path: str, parts: RunParts, *, steps_per_epoch: int, sam
     checkpoint = read_epoch_file(path)
     load_weights(parts.model, dict(checkpoint.state_dict))
     if checkpoint.optimizer is not None:
-        _load_numbered_optimizer(parts.optimizer, checkpoint.optimizer, path=path)
+        names = list(checkpoint.state_dict)
+        load_foreign_optimizer(parts.optimizer, parts.model, checkpoint.optimizer, weights=names, path=path)
     else:
         logger.warning("%s holds weights only: the optimizer starts afresh.", path)
     if parts.scaler is not None and checkpoint.scaler is not None:
@@ -345,20 +379,6 @@ def _restore_epoch_file(path: str, parts: RunParts, *, steps_per_epoch: int, sam
     parts.loader.start_at_epoch(checkpoint.epoch)
     parts.state.step = checkpoint.epoch * steps_per_epoch
     parts.state.samples_seen = parts.state.step * samples_per_step
-
-
-def _load_numbered_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], *, path: str) -> None:
-    """OpenCLIP numbers parameters by group; the state is taken over, settings stay as configured now."""
-    current = optimizer.state_dict()
-    saved_sizes = [len(group["params"]) for group in saved["param_groups"]]
-    current_sizes = [len(group["params"]) for group in current["param_groups"]]
-    if saved_sizes != current_sizes:
-        raise ValueError(
-            f"{path!r} has optimizer groups of {saved_sizes} parameters, this run {current_sizes} (OpenCLIP's 3.3.0 "
-            "and later versions group them differently): resume with the settings it was trained with, or give it to "
-            "--pretrained to start from its weights."
-        )
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": current["param_groups"]})
 
 
 def _rng_state(device: torch.device) -> dict[str, Tensor]:

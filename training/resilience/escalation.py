@@ -180,6 +180,10 @@ class Escalation:
         """A rewind could not be made: steps from ``step`` on are observed, and none is left out. It counts as tried."""
         self._resume_step = self._clean_since = min(self._resume_step, step)
 
+    def settle(self) -> None:
+        """Forgets what the loss was like: with another global batch it is another."""
+        self._spike = _SpikeDetector(warmup=self._config.guard_warmup)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything in JSON types."""
         return {
@@ -249,7 +253,7 @@ class Escalation:
         self._clean_since = self._resume_step
         self._skips.clear()
         self._overflows = 0
-        self._spike = _SpikeDetector(warmup=self._config.guard_warmup)
+        self.settle()
         return Rewind(step, onset, self._resume_step, reason, settle=self._rewinds > 1)
 
     def _damp(self, step: int, reason: str) -> Damp:

@@ -36,10 +36,15 @@ def write_sentinel(root: Path, *, signal_name: str, step: int, environment: Mapp
     return path
 
 
-def remove_sentinels(root: Path) -> None:
-    """Forgets how earlier starts of the run ended. On one rank, once the run directory is ours."""
-    for path in root.glob(f"{_PREFIX}*"):
+def remove_sentinels(root: Path) -> bool:
+    """Forgets how earlier starts of the run ended; returns whether the last was stopped by a signal.
+
+    On one rank, once the run directory is ours.
+    """
+    found = list(root.glob(f"{_PREFIX}*"))
+    for path in found:
         path.unlink(missing_ok=True)
+    return bool(found)
 
 
 def requeue_forbidden(root: Path) -> bool:
