@@ -188,20 +188,11 @@ class Job:
     def orphans(self, *, within_s: float = 3.0) -> list[str]:
         """Command lines of what the job has started and left running; they get a moment to see that it is gone."""
         end = time.monotonic() + within_s
-        while found := self._marked():
+        while found := marked_processes(self.mark):
             if time.monotonic() > end:
-                return found
+                return [f"{pid}: {command}" for pid, command in found.items()]
             time.sleep(0.05)
         return []
-
-    def _marked(self) -> list[str]:
-        mark, found = f"{MARK_VARIABLE}={self.mark}".encode(), []
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                if state not in "ZX" and mark in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(f"{entry.name}: {(entry / 'cmdline').read_bytes()[:200]!r}")
-        return found
 
 
 class Lab:
@@ -340,6 +331,17 @@ def compare(expected: Record, found: Record) -> None:
         raise Disagreement(f"the losses differ, first of step {steps[0]}")
     if expected.weights != found.weights:
         raise Disagreement(f"the weights differ: {expected.weights[:16]} and {found.weights[:16]}")
+
+
+def marked_processes(mark: str) -> dict[int, str]:
+    """Command lines of the processes that a job has started itself, by number."""
+    wanted, found = f"{MARK_VARIABLE}={mark}".encode(), {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            if state not in "ZX" and wanted in (entry / "environ").read_bytes().split(b"\0"):
+                found[int(entry.name)] = (entry / "cmdline").read_bytes()[:200].replace(b"\0", b" ").decode()
+    return found
 
 
 def starts(run: Path) -> list[dict[str, Any]]:
