@@ -35,7 +35,7 @@ from training.optim.optimizer import set_beta2
 from training.resilience.delayed import LAG, DelayedVitals
 from training.resilience.escalation import Action, Escalation, Rewind, Skipped, Stop
 from training.resilience.exit_codes import DO_NOT_REQUEUE, NODE_SUSPECTED
-from training.resilience.guard import Request, StepGuard, Vitals
+from training.resilience.guard import VITALS, Request, StepGuard, Vitals
 from training.resilience.preemption import Preemption
 from training.resilience.replicas import checksum_names, differing_ranks, differing_tensors, replica_checksum
 from training.resilience.sentinel import write_sentinel
@@ -166,8 +166,14 @@ class Supervisor:
             decision = decision._replace(rewind_from=onset, resume_step=step + 1)
         return decision
 
+    def skipped(self, vitals: Tensor | None) -> Tensor | None:
+        """0-D on the device: above 0 if the step changed nothing because it was bad."""
+        return vitals[VITALS.index("bad")] if vitals is not None and self._watch.guard.acts else None
+
     def note_telemetry(self, step: int, measured: Mapping[str, float]) -> None:
         """Large updates announce a spike: they damp the run before there is one. Collective: all ranks."""
+        if not self._watch.guard.acts:
+            return
         share = torch.tensor([measured.get(HIGH_SHARE, 0.0)], device=self._runtime.device)
         # Equal on all ranks unless one of them is broken: and then they must not decide differently.
         share = all_reduce_max(share)  # collective: all ranks

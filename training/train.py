@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from training.checkpoint.run_state import RunParts
 from training.checkpoint.saver import Saver
@@ -27,7 +26,6 @@ from training.observability.metrics import StepClock
 from training.observability.reporter import Reporter
 from training.observability.stragglers import RankTimes, StragglerReport
 from training.observability.telemetry import Telemetry
-from training.resilience.guard import VITALS
 from training.state import TrainState
 from training.supervisor import Supervisor
 from training.train_step import StepMetrics, TrainStep
@@ -138,7 +136,7 @@ def train(
                 reporter.step(step, numbers, place=place, samples_per_step=plan.samples_per_step, log_line=log_line)
             clock.reset()
         if telemetry is not None and telemetry.is_due(step):
-            measured = telemetry.measure(micro_batches[-1], skipped=_skipped(metrics))  # host sync
+            measured = telemetry.measure(micro_batches[-1], skipped=supervisor.skipped(metrics.vitals))  # host sync
             supervisor.note_telemetry(step, measured)
             if reporter is not None:
                 reporter.scalars(step, measured)
@@ -180,11 +178,6 @@ def _consume(
             trace.append(parts.state.step, record.samples)
     parts.state.step += 1
     parts.state.samples_seen += plan.samples_per_step
-
-
-def _skipped(metrics: StepMetrics) -> Tensor | None:
-    """0-D on the device: above 0 if the step was judged bad."""
-    return None if metrics.vitals is None else metrics.vitals[VITALS.index("bad")]
 
 
 def _record(batch: DeviceBatch) -> BatchRecord:

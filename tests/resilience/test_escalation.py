@@ -194,17 +194,24 @@ def test_a_checkpoint_is_good_once_its_next_200_steps_are_known_to_be_clean():
     assert (escalation.good_through(), escalation.is_good(1)) == (0, False)
     observe(escalation, [CALM] * 301, start=199)
     assert escalation.good_through() == 300
-    observe(escalation, [BAD], start=500)
-    observe(escalation, [CALM] * 199, start=501)
-    assert escalation.good_through() == 300
-    observe(escalation, [CALM] * 20, start=700)
-    assert escalation.good_through() == 520
-    assert [escalation.is_good(step) for step in (1, 300, 301, 500, 501, 520, 521)] == [
+    observe(escalation, [BAD] * 3, start=500)
+    observe(escalation, [CALM] * 199, start=503)
+    assert escalation.good_through() == 302
+    observe(escalation, [CALM] * 20, start=702)
+    assert escalation.good_through() == 522
+    assert [escalation.is_good(step) for step in (1, 302, 303, 502, 503, 522, 523)] == [
         *(True, True),
-        *(False, False),  # followed by a bad step, however calm it is now
+        *(False, False),  # followed by trouble, however calm it is now
         *(True, True),
         False,
     ]
+
+
+def test_one_skipped_step_says_nothing_against_the_weights_before_it():
+    escalation = Escalation(ResilienceConfig())
+    observe(escalation, [CALM] * 300 + [BAD] + [CALM] * 300)
+    assert escalation.good_through() == 401
+    assert escalation.is_good(200)
 
 
 def test_a_checkpoint_within_a_spike_is_not_good_although_no_step_was_bad():

@@ -356,7 +356,7 @@ class Saver:
 
     def _remedy(self) -> str:
         return (
-            f"free space on, or repair, the disk of {self._checkpointer.root} and start again (--resume latest), or "
+            f"if it is the disk of {self._checkpointer.root}, free or repair it; then start again (--resume latest), or "
             "raise --max-save-failures. Earlier checkpoints are untouched."
         )
 

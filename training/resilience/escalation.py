@@ -156,7 +156,9 @@ class Escalation:
             actions.append(Skipped(step, describe(vitals)))
         self._overflows = self._overflows + 1 if vitals.overflow else 0
         self._spike.observe(step, vitals)
-        self._note_cleanness(step, unclean=bool(vitals.bad) or self._spike.is_above)
+        # A single skipped step has changed nothing, so it says nothing against the weights before it.
+        in_trouble = bool(vitals.bad) and self._skips_within(step, DAMP_WINDOW) >= DAMP_SKIPS
+        self._note_cleanness(step, unclean=in_trouble or self._spike.is_above)
         if self._rewinds and self._last_rewind is not None and step >= self._resume_step + PROGRESS_STEPS:
             self._rewinds = 0
 
