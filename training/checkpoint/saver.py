@@ -356,8 +356,8 @@ class Saver:
 
     def _remedy(self) -> str:
         return (
-            f"if it is the disk of {self._checkpointer.root}, free or repair it; then start again (--resume latest), or "
-            "raise --max-save-failures. Earlier checkpoints are untouched."
+            f"if it is the disk, repair it or free space on {self._checkpointer.root}; then start again "
+            "(--resume latest), or raise --max-save-failures. Earlier checkpoints are untouched."
         )
 
 
