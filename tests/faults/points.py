@@ -63,6 +63,7 @@ POINTS = {
     "fence": "training.resilience.lease:Lease.check",
     "claim": "training.resilience.lease:claim_lease",
     "is_ended": "training.resilience.lease:_check_ended",
+    "crashed_starts": "training.resilience.progress:crashed_starts",
     # the loader
     "new_workers": "training.data.worker_pool:WorkerPool.__init__",
     "retry": "training.data.storage_errors:Patience.failed",

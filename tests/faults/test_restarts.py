@@ -84,27 +84,54 @@ def test_without_the_comparison_another_setting_goes_unnoticed(lab: Lab) -> None
     assert lab.first_step("r") == step
 
 
-def test_other_shards_begin_a_new_stream_that_is_recorded(lab: Lab, fault_data: Path) -> None:
-    """Row 40: an explicit new data epoch, never the old place in another list."""
+def _other_data(data: Path, kind: str) -> str:
+    """Another list of the same shards."""
+    if kind == "fewer":
+        return f"{data}/shards/{{000..002}}.tar"
+    return "::".join(f"{data}/shards/{shard:03d}.tar" for shard in (3, 2, 1, 0))
+
+
+@pytest.mark.parametrize("kind", ["fewer", "reordered"])
+def test_other_shards_begin_a_new_stream_that_is_recorded(lab: Lab, fault_data: Path, kind: str) -> None:
+    """Row 40: a place in a list means nothing in another one, so it is read from its beginning, and that is said."""
     step = _stop_early(lab)
-    fewer = f"{fault_data}/shards/{{000..002}}.tar"
-    ended = lab.run("r", "--train-data", fewer)
-    if ended.codes == [0, 0]:
-        assert "train_data" in json.dumps(lab.last_start("r")["changes"])
-        steps = {step_ for samples in lab.record("r").samples.values() for step_, _, _ in samples}
-        assert steps == set(range(max(steps) + 1))
-    else:
-        assert ended.codes == [BAD_USAGE, BAD_USAGE]
-        assert "belongs to another stream" in ended.text
-        assert lab.steps("r")[-1] == step
+    ended = lab.finish("r", "--train-data", _other_data(fault_data, kind))
+    start = lab.last_start("r")
+    assert start["step"] == step
+    assert "train_data" in start["changes"]
+    assert start["new_data"]["unread_samples"] == 96 - 8 * step
+    assert "of the old data stay unread" in ended.text
+    new = [sample for samples in lab.record("r").samples.values() for sample in samples if sample[0] >= step]
+    assert len({sample[1:] for sample in new}) == len(new)
 
 
-def test_the_same_shards_in_another_order_are_another_stream(lab: Lab, fault_data: Path) -> None:
-    """Row 40: a place in a list means nothing in another one."""
+@pytest.mark.parametrize("kind", ["fewer", "reordered"])
+def test_without_the_comparison_the_loader_itself_refuses_another_list(lab: Lab, fault_data: Path, kind: str) -> None:
+    """Negative control of row 40: and behind that protection there is another one."""
     _stop_early(lab)
-    reordered = "::".join(f"{fault_data}/shards/{shard:03d}.tar" for shard in (3, 2, 1, 0))
-    ended = lab.run("r", "--train-data", reordered)
-    assert ended.codes == [BAD_USAGE, BAD_USAGE] or "train_data" in json.dumps(lab.last_start("r")["changes"])
+    ended = lab.run("r", "--train-data", _other_data(fault_data, kind), plan=[Fault("compare_config", "same_config")])
+    assert ended.codes == [BAD_USAGE, BAD_USAGE]
+    assert "another stream" in ended.text
+    lab.run(
+        "r", "--train-data", _other_data(fault_data, kind), plan=[Fault("compare_config", "same_config"), NOT_RESTORED]
+    )
+    assert lab.last_start("r").get("new_data") is None
+
+
+def test_a_job_that_crashes_at_the_same_step_again_and_again_is_not_requeued(lab: Lab) -> None:
+    """Row 44."""
+    job, crash = {"SLURM_JOB_ID": "77"}, [Fault("step", "fail", step=1)]
+    codes = [lab.run("r", world_size=1, plan=crash, environment=job).codes[0] for _ in range(5)]
+    assert codes == [1, 1, 1, 93, 93]
+    other = {"SLURM_JOB_ID": "78"}  # submitted anew: somebody has looked at it
+    lab.finish("r", world_size=1, environment=other)
+
+
+def test_without_the_history_a_crash_loop_goes_on(lab: Lab) -> None:
+    """Negative control of row 44."""
+    plan = [Fault("step", "fail", step=1), Fault("crashed_starts", "skip", with_={"value": 0})]
+    codes = [lab.run("r", world_size=1, plan=plan, environment={"SLURM_JOB_ID": "77"}).codes[0] for _ in range(5)]
+    assert codes == [1] * 5
 
 
 HELD = Fault("step", "send", step=7, with_={"name": "SIGSTOP"})
