@@ -34,6 +34,7 @@ from training.config import Config, ModelConfig, ScheduleConfig
 from training.data.accounting import FEWEST_SLOTS, BadSampleBudget, DataBudgetExceeded
 from training.data.batch import Batch, DeviceBatch, to_device
 from training.data.build import build_train_loader, has_train_data
+from training.data.loader import TrainLoader
 from training.data.meter import DataMeter
 from training.data.prefetch import load_to_device, pin
 from training.data.storage import StorageError
@@ -47,12 +48,14 @@ from training.distributed.runtime import Runtime, close_runtime, collective_time
 from training.evaluation.evaluate import build_evaluators, evaluate
 from training.evaluation.evaluators import Evaluator
 from training.losses.build import build_loss
+from training.measurement import Measurement
 from training.observability.console import set_up_logging
 from training.observability.reporter import Reporter
 from training.observability.sinks import evaluated_epochs
 from training.observability.telemetry import Telemetry
 from training.optim.optimizer import build_optimizer
 from training.optim.schedule import build_schedule
+from training.plan import TrainPlan
 from training.precision import Precision, build_precision, cast_parameters
 from training.resilience.escalation import Escalation
 from training.resilience.exit_codes import BAD_USAGE, DO_NOT_REQUEUE
@@ -76,7 +79,7 @@ from training.run import (
 )
 from training.state import TrainState
 from training.supervisor import Supervisor, Watch
-from training.train import TrainPlan, train
+from training.train import train
 from training.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
@@ -276,42 +279,56 @@ def _build_training(
         runtime=runtime,
         beta2=beta2,
     )
+    train_step = TrainStep(
+        model=trained,
+        loss=build_loss(config.loss),
+        optimizer=optimizer,
+        scaler=parts.scaler,
+        precision=precision,
+        grad_clip_norm=config.optim.grad_clip_norm,
+        num_sources=len(loader.source.source_names),
+        guard=guard,
+    )
     return partial(
         _train_and_close,
         run,
         reporter,
         plan=plan,
         parts=parts,
-        train_step=TrainStep(
-            model=trained,
-            loss=build_loss(config.loss),
-            optimizer=optimizer,
-            scaler=parts.scaler,
-            precision=precision,
-            grad_clip_norm=config.optim.grad_clip_norm,
-            num_sources=len(loader.source.source_names),
-            guard=guard,
-        ),
+        train_step=train_step,
         schedule=_build_schedule(config.schedule, lr=base_lr, plan=plan, state=parts.state),
         load=_device_loading(built, precision, device=runtime.device),
-        meter=DataMeter(
-            loader,
-            rank=runtime.rank,
-            budget=BadSampleBudget(config.data.max_bad_samples, slots=min(FEWEST_SLOTS, loader.source.slots_per_epoch)),
-            sum_over_ranks=all_reduce_sum,
-            gather=gather_objects,
-        ),
         trace=open_trace(run, first_step=parts.state.step),
-        telemetry=Telemetry(
-            built.model,
-            optimizer,
-            every=config.resilience.telemetry_every_n_steps,
-            autocast=precision.autocast,
+        measurement=Measurement(
+            plan,
+            parts=parts,
+            compute_clock=train_step.compute_clock,
+            meter=_build_meter(run, loader),
+            telemetry=Telemetry(
+                built.model,
+                optimizer,
+                every=config.resilience.telemetry_every_n_steps,
+                autocast=precision.autocast,
+            ),
+            supervisor=supervisor,
+            reporter=reporter,
+            runtime=runtime,
         ),
         evaluate=partial(_evaluate_epoch, run, built, evaluators, precision),
         saver=saver,
         supervisor=supervisor,
         mirror=mirror,
+    )
+
+
+def _build_meter(run: Run, loader: TrainLoader) -> DataMeter:
+    slots = min(FEWEST_SLOTS, loader.source.slots_per_epoch)
+    return DataMeter(
+        loader,
+        rank=run.runtime.rank,
+        budget=BadSampleBudget(run.config.data.max_bad_samples, slots=slots),
+        sum_over_ranks=all_reduce_sum,
+        gather=gather_objects,
     )
 
 

@@ -29,11 +29,11 @@ from training.observability.events import EventLog
 from training.observability.history import append_start, describe_start, read_starts
 from training.observability.reporter import Reporter
 from training.observability.sinks import JsonLinesSink, MetricSink, TensorBoardSink, WandbSink
+from training.plan import TrainPlan
 from training.resilience.exit_codes import DO_NOT_REQUEUE
 from training.resilience.lease import Lease, claim_lease
 from training.resilience.progress import MOST_STARTS, crashed_starts
 from training.resilience.sentinel import remove_sentinels
-from training.train import TrainPlan
 from training.validation import report_targets
 
 logger = logging.getLogger(__name__)
