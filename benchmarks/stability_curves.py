@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+import training.assembly
 import training.main
 from benchmarks.provenance import ROOT, describe_run
 from training.data.batch import Batch, DeviceBatch
@@ -147,7 +148,7 @@ class FaultyStep(TrainStep):
 def run_arm(arguments: argparse.Namespace) -> None:
     """One run of training.main, whose train step is a ``FaultyStep``."""
     FaultyStep.faults = planned_faults(arguments.steps)
-    plain_loading = training.main._device_loading
+    plain_loading = training.assembly.build_device_loading
 
     def numbered_loading(*args: Any, **kwargs: Any) -> Callable[[Iterator[Batch]], Iterator[DeviceBatch]]:
         load = plain_loading(*args, **kwargs)
@@ -161,7 +162,7 @@ def run_arm(arguments: argparse.Namespace) -> None:
         return load_numbered
 
     namespace: Any = training.main
-    namespace.TrainStep, namespace._device_loading = FaultyStep, numbered_loading
+    namespace.TrainStep, namespace.build_device_loading = FaultyStep, numbered_loading
     directory = run_directory(arguments, arguments.run_arm)
     directory.mkdir(parents=True, exist_ok=True)
     model = directory.parent / "stability-vit.json"

@@ -8,37 +8,35 @@ Everything that can be wrong with a run's description is found before its first 
 from __future__ import annotations
 
 import logging
-import math
-import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
-from models.factory import BuiltModel, create_model
-from models.locking import lock_image_tower, lock_text_tower
+from models.factory import BuiltModel
 from models.tokenizer import build_tokenizer
 from models.weights import load_weights
-from training.checkpoint.checkpointer import Checkpointer
+from training.assembly import (
+    build_device_loading,
+    build_meter,
+    build_model,
+    build_saver,
+    build_schedule,
+    seed_all,
+    set_device_defaults,
+)
 from training.checkpoint.config_change import ConfigChange, check_config_change, remarks
 from training.checkpoint.manifest import DamagedCheckpoint
 from training.checkpoint.mirror import FINISH_TIMEOUT_S, SIGNAL_TIMEOUT_S, Mirror
 from training.checkpoint.run_state import RunParts, names_a_run, read_weights, restore
-from training.checkpoint.saver import Saver
-from training.cli import Parsed, config_values, parse_or_exit
-from training.config import Config, ModelConfig, ScheduleConfig
-from training.data.accounting import FEWEST_SLOTS, BadSampleBudget, DataBudgetExceeded
-from training.data.batch import Batch, DeviceBatch, to_device
+from training.cli import Parsed, parse_or_exit
+from training.data.accounting import DataBudgetExceeded
 from training.data.build import build_train_loader, has_train_data
-from training.data.loader import TrainLoader
-from training.data.meter import DataMeter
-from training.data.prefetch import load_to_device, pin
+from training.data.prefetch import pin
 from training.data.storage import StorageError
-from training.distributed.collectives import all_reduce_sum, gather_objects
+from training.distributed.collectives import all_reduce_sum
 from training.distributed.failure import fail_together
 from training.distributed.flight_recorder import FlightRecorder
 from training.distributed.hang_board import HangBoard
@@ -54,7 +52,6 @@ from training.observability.reporter import Reporter
 from training.observability.sinks import evaluated_epochs
 from training.observability.telemetry import Telemetry
 from training.optim.optimizer import build_optimizer
-from training.optim.schedule import build_schedule
 from training.plan import TrainPlan
 from training.precision import Precision, build_precision, cast_parameters
 from training.resilience.escalation import Escalation
@@ -91,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up_logging(path=None, debug=parsed.config.logging.debug, rank=0, on_screen=False)
     timeout = collective_timeout(parsed.config.resilience)
     runtime = start_runtime(parsed.config.engine, collective_timeout=timeout)
-    with fail_together(runtime) as job_end, ExitStack() as closing:
-        watched = Watched(closing.enter_context(Preemption()), job_end, closing)
+    with fail_together(runtime) as job_end, ExitStack() as stack:
+        watched = Watched(stack.enter_context(Preemption()), job_end, stack)
         start_training = _prepare(parsed, runtime, watched)
         try:
             start_training()
@@ -108,7 +105,7 @@ class Watched:
 
     preemption: Preemption
     job_end: JobEnd
-    closing: ExitStack
+    stack: ExitStack
     """What is entered here is closed when the run ends, however it does."""
 
 
@@ -131,11 +128,11 @@ def _start_watching(run: Run, watched: Watched) -> Watchdog:
     config, runtime = run.config.resilience, run.runtime
     hangs = run.paths.hangs if run.paths else None
     if run.lease is not None and runtime.is_main:
-        watched.closing.callback(run.lease.release)
+        watched.stack.callback(run.lease.release)
         watched.job_end.last_act = run.lease.release
     watched.job_end.known_deaths = partial(killed_ranks, hangs)
-    watched.closing.enter_context(closing(Heartbeat(config.timeout_heartbeat, rank=runtime.rank, directory=hangs)))
-    return watched.closing.enter_context(
+    watched.stack.enter_context(closing(Heartbeat(config.timeout_heartbeat, rank=runtime.rank, directory=hangs)))
+    return watched.stack.enter_context(
         closing(
             Watchdog(
                 config,
@@ -153,11 +150,11 @@ def _start_watching(run: Run, watched: Watched) -> Watchdog:
 def _build(run: Run, preemption: Preemption, watchdog: Watchdog) -> Callable[[], None]:
     """Model and evaluations, and with training data everything else; returns what is left to do: to run it."""
     config, runtime = run.config, run.runtime
-    _set_device_defaults(runtime.device)
+    set_device_defaults(runtime.device)
     # As in OpenCLIP: one seed for the weights on all ranks, then one per rank for what each of them draws.
-    _seed(config.engine.seed)
-    built = _build_model(config, cache_dir=config.model.cache_dir)
-    _seed(config.engine.seed + runtime.rank)
+    seed_all(config.engine.seed)
+    built = build_model(config, cache_dir=config.model.cache_dir)
+    seed_all(config.engine.seed + runtime.rank)
     precision = build_precision(config.engine.precision, runtime.device)
     evaluators = build_evaluators(
         config.evaluation,
@@ -173,46 +170,6 @@ def _build(run: Run, preemption: Preemption, watchdog: Watchdog) -> Callable[[],
     return _build_training(
         run, built, evaluators=evaluators, precision=precision, preemption=preemption, watchdog=watchdog
     )
-
-
-def _build_model(config: Config, *, cache_dir: str | None) -> BuiltModel:
-    """The model on the CPU, with weights loaded and towers locked as the flags say."""
-    model, image = config.model, config.image
-    # Source of the values: SigLIP (Zhai et al. 2023), section 3.2.
-    siglip: dict[str, Any] = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
-    built = create_model(
-        model.model,
-        pretrained=model.pretrained,
-        pretrained_image=model.pretrained_image,
-        cache_dir=cache_dir,
-        force_quick_gelu=model.force_quick_gelu,
-        force_custom_text=model.force_custom_text,
-        force_patch_dropout=model.force_patch_dropout,
-        force_image_size=model.force_image_size,
-        force_context_length=model.force_context_length,
-        image_mean=image.image_mean,
-        image_std=image.image_std,
-        image_interpolation=image.image_interpolation,
-        image_resize_mode=image.image_resize_mode,
-        **(siglip if config.loss.siglip else {}),
-    )
-    _lock_towers(built, model)
-    return built
-
-
-def _lock_towers(built: BuiltModel, config: ModelConfig) -> None:
-    if config.lock_image:
-        lock_image_tower(
-            built.model,
-            unlocked_groups=config.lock_image_unlocked_groups,
-            freeze_bn_stats=config.lock_image_freeze_bn_stats,
-        )
-    if config.lock_text:
-        lock_text_tower(
-            built.model,
-            unlocked_layers=config.lock_text_unlocked_layers,
-            freeze_layer_norm=config.lock_text_freeze_layer_norm,
-        )
 
 
 def _build_training(
@@ -267,7 +224,7 @@ def _build_training(
     record_settings(run, built.model, plan)
     record_start(run, loader, first_step=parts.state.step, origin=origin)
     reporter = build_reporter(run, plan, loader_samples=loader.num_samples, first_step=parts.state.step)
-    saver = _build_saver(run, parts)
+    saver = build_saver(run, parts)
     mirror = start_mirror(run)
     supervisor = Supervisor(
         Watch(guard, escalation, preemption, watchdog, open_events(run, reporter, first_step=parts.state.step)),
@@ -296,14 +253,14 @@ def _build_training(
         plan=plan,
         parts=parts,
         train_step=train_step,
-        schedule=_build_schedule(config.schedule, lr=base_lr, plan=plan, state=parts.state),
-        load=_device_loading(built, precision, device=runtime.device),
+        schedule=build_schedule(config.schedule, lr=base_lr, plan=plan, state=parts.state),
+        load=build_device_loading(built, precision, device=runtime.device),
         trace=open_trace(run, first_step=parts.state.step),
         measurement=Measurement(
             plan,
             parts=parts,
             compute_clock=train_step.compute_clock,
-            meter=_build_meter(run, loader),
+            meter=build_meter(run, loader),
             telemetry=Telemetry(
                 built.model,
                 optimizer,
@@ -318,55 +275,6 @@ def _build_training(
         saver=saver,
         supervisor=supervisor,
         mirror=mirror,
-    )
-
-
-def _build_meter(run: Run, loader: TrainLoader) -> DataMeter:
-    slots = min(FEWEST_SLOTS, loader.source.slots_per_epoch)
-    return DataMeter(
-        loader,
-        rank=run.runtime.rank,
-        budget=BadSampleBudget(run.config.data.max_bad_samples, slots=slots),
-        sum_over_ranks=all_reduce_sum,
-        gather=gather_objects,
-    )
-
-
-def _build_schedule(config: ScheduleConfig, *, lr: float, plan: TrainPlan, state: TrainState) -> Callable[[int], float]:
-    """The learning rate by place in the plan: after as many samples the same rate, whatever the global batch."""
-    ratio = plan.samples_per_step / state.schedule_batch
-    schedule = build_schedule(config, lr=lr, steps_per_epoch=round(plan.steps_per_epoch * ratio))
-    return lambda place: schedule(round(place * ratio))
-
-
-def _device_loading(
-    built: BuiltModel, precision: Precision, *, device: torch.device
-) -> Callable[[Iterator[Batch]], Iterator[DeviceBatch]]:
-    """What brings the loader's batches to the device, normalised."""
-    mean, std = built.preprocess.mean, built.preprocess.std
-    convert = partial(to_device, mean=mean, std=std, device=device, dtype=precision.input_dtype)
-    return partial(load_to_device, to_device=convert, device=device)
-
-
-def _build_saver(run: Run, parts: RunParts) -> Saver | None:
-    """None with ``--logs none``."""
-    if run.paths is None:
-        return None
-    config = run.config
-    return Saver(
-        config.checkpoint,
-        checkpointer=Checkpointer(
-            run.paths.checkpoints,
-            keep=config.checkpoint.keep_checkpoints,
-            keep_every=config.checkpoint.keep_every_n_steps,
-            generation=run.lease.generation if run.lease else 0,
-            fence=run.lease.check if run.lease else None,
-        ),
-        parts=parts,
-        runtime=run.runtime,
-        run_config=config_values(config),
-        name=run.name,
-        epochs=config.schedule.epochs,
     )
 
 
@@ -476,19 +384,6 @@ def _resume(run: Run, parts: RunParts, *, plan: TrainPlan) -> Origin:
         parts.guard.settle()
         parts.escalation.settle()
     return Origin(loaded, change.as_json(), None if branch is None else branch.as_json())
-
-
-def _set_device_defaults(device: torch.device) -> None:
-    if device.type == "cuda":
-        # TF32 for what is left in fp32, as OpenCLIP sets it: the inputs of a product lose bits, its sums do not.
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,132 @@
+"""Builds single parts of a run from its configuration; ``main`` puts them together."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from models.factory import BuiltModel, create_model
+from models.locking import lock_image_tower, lock_text_tower
+from training.checkpoint.checkpointer import Checkpointer
+from training.checkpoint.run_state import RunParts
+from training.checkpoint.saver import Saver
+from training.cli import config_values
+from training.config import Config, ModelConfig, ScheduleConfig
+from training.data.accounting import FEWEST_SLOTS, BadSampleBudget
+from training.data.batch import Batch, DeviceBatch, to_device
+from training.data.loader import TrainLoader
+from training.data.meter import DataMeter
+from training.data.prefetch import load_to_device
+from training.distributed.collectives import all_reduce_sum, gather_objects
+from training.optim.schedule import build_schedule as build_lr_schedule
+from training.plan import TrainPlan
+from training.precision import Precision
+from training.run import Run
+from training.state import TrainState
+
+
+def build_model(config: Config, *, cache_dir: str | None) -> BuiltModel:
+    """The model on the CPU, with weights loaded and towers locked as the flags say."""
+    model, image = config.model, config.image
+    # Source of the values: SigLIP (Zhai et al. 2023), section 3.2.
+    siglip: dict[str, Any] = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
+    built = create_model(
+        model.model,
+        pretrained=model.pretrained,
+        pretrained_image=model.pretrained_image,
+        cache_dir=cache_dir,
+        force_quick_gelu=model.force_quick_gelu,
+        force_custom_text=model.force_custom_text,
+        force_patch_dropout=model.force_patch_dropout,
+        force_image_size=model.force_image_size,
+        force_context_length=model.force_context_length,
+        image_mean=image.image_mean,
+        image_std=image.image_std,
+        image_interpolation=image.image_interpolation,
+        image_resize_mode=image.image_resize_mode,
+        **(siglip if config.loss.siglip else {}),
+    )
+    _lock_towers(built, model)
+    return built
+
+
+def _lock_towers(built: BuiltModel, config: ModelConfig) -> None:
+    if config.lock_image:
+        lock_image_tower(
+            built.model,
+            unlocked_groups=config.lock_image_unlocked_groups,
+            freeze_bn_stats=config.lock_image_freeze_bn_stats,
+        )
+    if config.lock_text:
+        lock_text_tower(
+            built.model,
+            unlocked_layers=config.lock_text_unlocked_layers,
+            freeze_layer_norm=config.lock_text_freeze_layer_norm,
+        )
+
+
+def build_device_loading(
+    built: BuiltModel, precision: Precision, *, device: torch.device
+) -> Callable[[Iterator[Batch]], Iterator[DeviceBatch]]:
+    """What brings the loader's batches to the device, normalised."""
+    mean, std = built.preprocess.mean, built.preprocess.std
+    convert = partial(to_device, mean=mean, std=std, device=device, dtype=precision.input_dtype)
+    return partial(load_to_device, to_device=convert, device=device)
+
+
+def build_schedule(config: ScheduleConfig, *, lr: float, plan: TrainPlan, state: TrainState) -> Callable[[int], float]:
+    """The learning rate by place in the plan: after as many samples the same rate, whatever the global batch."""
+    ratio = plan.samples_per_step / state.schedule_batch
+    schedule = build_lr_schedule(config, lr=lr, steps_per_epoch=round(plan.steps_per_epoch * ratio))
+    return lambda place: schedule(round(place * ratio))
+
+
+def build_meter(run: Run, loader: TrainLoader) -> DataMeter:
+    slots = min(FEWEST_SLOTS, loader.source.slots_per_epoch)
+    return DataMeter(
+        loader,
+        rank=run.runtime.rank,
+        budget=BadSampleBudget(run.config.data.max_bad_samples, slots=slots),
+        sum_over_ranks=all_reduce_sum,
+        gather=gather_objects,
+    )
+
+
+def build_saver(run: Run, parts: RunParts) -> Saver | None:
+    """None with ``--logs none``."""
+    if run.paths is None:
+        return None
+    config = run.config
+    return Saver(
+        config.checkpoint,
+        checkpointer=Checkpointer(
+            run.paths.checkpoints,
+            keep=config.checkpoint.keep_checkpoints,
+            keep_every=config.checkpoint.keep_every_n_steps,
+            generation=run.lease.generation if run.lease else 0,
+            fence=run.lease.check if run.lease else None,
+        ),
+        parts=parts,
+        runtime=run.runtime,
+        run_config=config_values(config),
+        name=run.name,
+        epochs=config.schedule.epochs,
+    )
+
+
+def set_device_defaults(device: torch.device) -> None:
+    if device.type == "cuda":
+        # TF32 for what is left in fp32, as OpenCLIP sets it: the inputs of a product lose bits, its sums do not.
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+
+def seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
