@@ -15,8 +15,6 @@ FAULTS = {
     "full": ("limit_file_size", FULL),
     "no space": ("fail_with_errno", {"name": "ENOSPC"}),
     "read-only": ("fail_with_errno", {"name": "EROFS"}),
-    "quota": ("fail_with_errno", {"name": "EDQUOT"}),
-    "failing": ("fail_with_errno", {"name": "EIO"}),
     "not an OSError": ("fail", {"text": "[enforce fail inline_container.cc] unexpected pos"}),
 }
 
