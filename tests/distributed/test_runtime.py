@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from datetime import timedelta
@@ -154,6 +155,54 @@ def test_a_given_size_of_the_record_is_kept(name):
     environment = {name: "7"}
     enable_recording(environment)
     assert environment == {name: "7"}
+
+
+RECORD = {
+    "entries": [
+        {"is_p2p": False, "pg_id": 0, "record_id": 5, "collective_seq_id": 6, "retired": False}
+        | {"profiling_name": "BACKEND:all_gather"}
+    ],
+    "pg_status": {"0": {"last_started_collective": 6}},
+}
+
+
+@pytest.fixture
+def recorders(monkeypatch) -> dict[str, bytes]:
+    """What each backend's recorder holds, by the functions that torch 2.15 has; gloo's holds nothing."""
+    held: dict[str, bytes] = {}
+    c10d = torch._C._distributed_c10d
+
+    def dump(*, backend: str = "gloo") -> bytes:
+        return held.get(backend, b"{}")
+
+    # NCCL's is not among those that the other function knows.
+    monkeypatch.setattr(c10d, "_dump_fr_trace_json", dump)
+    monkeypatch.setattr(c10d, "_dump_nccl_trace_json", lambda: held.get("NCCL", b"{}"), raising=False)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    return held
+
+
+@pytest.mark.parametrize(
+    ("backend", "devices", "recorder"),
+    [
+        ("nccl", "cpu:nccl,cuda:nccl", "NCCL"),
+        ("undefined", "cpu:gloo,cuda:nccl", "NCCL"),
+        ("xccl", "cpu:xccl,xpu:xccl", "xccl"),
+    ],
+)
+def test_the_record_is_that_of_the_groups_backend(monkeypatch, recorders, backend, devices, recorder):
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: devices)
+    assert FlightRecorder().last() is None
+    recorders[recorder] = json.dumps(RECORD).encode()
+    assert FlightRecorder().last() == LastCollective("all_gather", 6, started=6, waiting=True)
+
+
+def test_an_older_torch_that_knows_no_backends_is_asked_for_its_only_record(monkeypatch, recorders):
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cpu:gloo")
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_fr_trace_json", lambda: json.dumps(RECORD).encode())
+    assert FlightRecorder().last() is not None
 
 
 def test_a_single_process_has_no_record(tmp_path):

@@ -1,18 +1,21 @@
 """The last collectives of this process, from the recorder that torch keeps for every backend.
 
-A record costs less than a microsecond and nothing is written until somebody asks. Source: torch's flight recorder,
-FlightRecorder.hpp; the variables and the dump are the same for gloo and NCCL.
+A record costs less than a microsecond and nothing is written until somebody asks. Variables and format are the same
+for all backends; recorders are not: NCCL has one of its own with its own function, and the other function answers for
+gloo unless it is told the backend (torch 2.15; torch 2.11 has one recorder for all but NCCL, and no such argument).
+Source: torch's FlightRecorder.{hpp,cpp} and FlightRecorderCuda.cpp.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 _NUM_RECORDS = "2000"
 """Some steps' worth. NCCL's records carry stacks and sizes: about 1 kB each."""
@@ -63,6 +66,27 @@ class FlightRecorder:
 
 
 def _read() -> dict[str, Any]:
-    dump = getattr(getattr(torch._C, "_distributed_c10d", None), "_dump_fr_trace_json", None)
-    record: dict[str, Any] = json.loads(dump()) if dump is not None else {}
+    """Of the recorder that the group of all ranks writes to; empty without a group or a recorder."""
+    if not dist.is_available() or not dist.is_initialized():
+        return {}
+    record: dict[str, Any] = json.loads(_dump(dist.get_backend(), dist.get_backend_config()) or "{}")
     return record
+
+
+def _dump(backend: str, device_backends: str) -> bytes | None:
+    """
+    Args:
+        backend: of the group.
+        device_backends: by device, ``cpu:gloo,cuda:nccl``; where one of them is NCCL, training goes through that.
+    """
+    c10d = torch._C._distributed_c10d
+    if "nccl" in device_backends:
+        nccl: bytes | None = c10d._dump_nccl_trace_json() if hasattr(c10d, "_dump_nccl_trace_json") else None
+        return nccl
+    if not hasattr(c10d, "_dump_fr_trace_json"):
+        return None
+    dump: Callable[..., bytes] = c10d._dump_fr_trace_json
+    try:
+        return dump(backend=backend)
+    except TypeError:  # the argument is younger than torch 2.11
+        return dump()
