@@ -282,6 +282,7 @@ def _train_and_close(
     run: Run, reporter: Reporter | None, *, supervisor: Supervisor, mirror: Mirror | None, **parts: Any
 ) -> None:
     results = run.paths.results_jsonl if run.paths else None
+    completed = False
     try:
         completed = train(
             reporter=reporter,
@@ -296,6 +297,10 @@ def _train_and_close(
     finally:
         if reporter is not None:
             reporter.close()
+        if mirror is not None and not isinstance(sys.exception(), LeaseLost):
+            # A signal or a failure leaves seconds; the next start uploads the rest.
+            with supervisor.phase("save"):
+                mirror.finish(FINISH_TIMEOUT_S if completed else SIGNAL_TIMEOUT_S)
     ending = "Finished" if completed else "Stopped"
     logger.info("%s %s%s.", ending, run.name, f": see {run.paths.root}" if run.paths else "")
     if mirror is not None:
@@ -383,6 +388,9 @@ def _resume(run: Run, parts: RunParts, *, plan: TrainPlan) -> Origin:
     if change.unsettles and parts.guard is not None and parts.escalation is not None:
         parts.guard.settle()
         parts.escalation.settle()
+    if parts.escalation is not None and (branch is not None or {"lr", "beta2"} & change.as_json().keys()):
+        # Somebody has decided anew what the guard had lowered.
+        parts.escalation.load_state_dict(Escalation(run.config.resilience).state_dict())
     return Origin(loaded, change.as_json(), None if branch is None else branch.as_json())
 
 

@@ -108,7 +108,9 @@ def claim_run_directory(paths: RunPaths, *, config: Config) -> None:
     Raises:
         ValueError: the name is taken by another run, or nothing can be written there.
     """
-    taken = [path for path in (paths.out_log, paths.params_txt) if path.exists()]
+    # Checkpoints alone are a run as well: starting anew beside them would replace them one by one.
+    saved = [*paths.checkpoints.glob("step_*"), *paths.checkpoints.glob("epoch_*.pt")]
+    taken = [path for path in (paths.out_log, paths.params_txt, *saved) if path.exists()]
     if taken and config.checkpoint.resume != "latest":
         raise ValueError(
             f"a run of the name {paths.root.name} exists already ({taken[0]}): "

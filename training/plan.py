@@ -30,10 +30,6 @@ class TrainPlan:
         place = step % self.steps_per_epoch
         return place % self.log_every_n_steps == 0 or place == self.steps_per_epoch - 1
 
-    def end_of_epoch(self, place: int) -> int:
-        """Where in the schedule the epoch of ``place`` ends."""
-        return (place // self.steps_per_epoch + 1) * self.steps_per_epoch
-
     def steps_ahead(self, state: TrainState) -> int:
         """How far the place in the schedule is ahead of the steps taken; 0 unless the global batch has changed.
 

@@ -96,10 +96,14 @@ class Claim(NamedTuple):
 def _claim(paths: RunPaths, config: Config) -> Claim:
     """Makes the run directory this start's own, and fetches what only the mirror has. On rank 0."""
     claim_run_directory(paths, config=config)
-    generation = claim_lease(paths.leases, take_over=config.resilience.take_over).generation
-    after_signal = remove_sentinels(paths.root)
-    notices = bring_back(config.checkpoint, run=paths.root, name=paths.root.name, generation=generation)
-    return Claim(generation, after_signal, notices)
+    lease = claim_lease(paths.leases, take_over=config.resilience.take_over)
+    try:
+        after_signal = remove_sentinels(paths.root)
+        notices = bring_back(config.checkpoint, run=paths.root, name=paths.root.name, generation=lease.generation)
+    except BaseException:
+        lease.release()  # this start ends here, and owns nothing any more
+        raise
+    return Claim(lease.generation, after_signal, notices)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +44,9 @@ from training.resilience.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 _SHOWN_SAMPLES = 16
-"""Of each rank in an event; ``clipyard data trace`` shows all of a step."""
+"""Of a step in an event; ``clipyard data trace`` shows all of them."""
+_ASKS_EVERY = 10
+"""Steps without vitals between two questions whether a signal was received."""
 
 
 class RunStopped(SystemExit):
@@ -65,11 +67,11 @@ class Decision(NamedTuple):
     stop: bool = False
     """A signal was received: save, and end in order."""
     rewind_from: int | None = None
-    """Onset of a spike: the weights go back to before it."""
-    resume_step: int = 0
-    """The data up to here is left out then."""
+    """The weights go back to before this step: the onset of a spike, or where the ranks may have parted."""
     settle: bool = False
     """Statistics are gathered anew after it: the last rewind did not help, so perhaps the data has changed."""
+    diverged: bool = False
+    """The ranks differ: going on as they are is no choice."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +120,15 @@ class Supervisor:
         """Checkpoints that are neither known to be good nor given up."""
         self._equal_until = parts.state.step
         """Up to this step the ranks' parameters are known to have been equal."""
+        self._divergences = 0
+        self._damp_optimizer()  # as the guard was left, or is not to act any more
+        if self.lr_factor != 1:
+            logger.warning("The learning rate is still multiplied with %.3g: see events.jsonl.", self.lr_factor)
 
     @property
     def lr_factor(self) -> float:
         """What the scheduled learning rate is multiplied with, while a run is damped."""
-        return self._watch.escalation.lr_factor
+        return self._watch.escalation.lr_factor if self._watch.guard.acts else 1.0
 
     def asked_to_stop(self) -> bool:
         """Whether any rank received a signal, where no step's vitals carry the question. Collective: all ranks."""
@@ -157,14 +163,28 @@ class Supervisor:
             self._note_saves(self._saver)
             if self._saver.request_due_by_clock():
                 self._watch.guard.request(Request.SAVE)
-        decision = Decision()
-        for read_step, read in self._vitals.ready():
-            decision = self._decide(decision, read_step, read)
+        decision = self._read(Decision(), self._vitals.ready())
+        saves |= decision.save or decision.stop
+        if saves:
+            # Saving waits for the device anyway, and what is saved must not owe a verdict. Host sync.
+            decision = self._read(decision, self._vitals.drain())
         every = self._config.checksum_every_n_steps
-        compares = every > 0 and ((step + 1) % every == 0 or saves or decision.save)
+        compares = every > 0 and ((step + 1) % every == 0 or saves)
         if compares and (onset := self._find_divergence()) is not None:
-            decision = decision._replace(rewind_from=onset, resume_step=step + 1)
+            decision = decision._replace(rewind_from=onset, diverged=True)
         return decision
+
+    def leaves_out(self, step: int) -> bool:
+        """Whether the data of ``step`` is not trained on: after a rewind, what may have caused the spike is not met."""
+        return self._watch.guard.acts and step < self._watch.escalation.resume_step
+
+    def after_left_out(self, step: int) -> Decision:
+        """The same as ``after_step`` for a step that was left out, which has no vitals for signals to travel with."""
+        self.beat(step + 1)
+        if step + 1 >= self._watch.escalation.resume_step:
+            self._note(step, "data left out", through=step)
+        asks = (step + 1) % _ASKS_EVERY == 0
+        return Decision(stop=asks and self.asked_to_stop())  # collective: all ranks
 
     def skipped(self, vitals: Tensor | None) -> Tensor | None:
         """0-D on the device: above 0 if the step changed nothing because it was bad."""
@@ -185,45 +205,42 @@ class Supervisor:
         logger.warning("Step %d: %s.", step, straggler)
         self._note(step, "straggler", **asdict(straggler))
 
-    def rewind(self, onset: int, *, settle: bool) -> bool:
-        """Takes the weights back to before ``onset``; data and counters go on. Collective: all ranks.
+    def rewind(self, decision: Decision, *, epoch: int) -> None:
+        """Takes the weights back, saves them where the run stands, and goes on with later data. Collective: all ranks.
 
-        Args:
-            settle: forget the statistics as well.
-
-        Returns:
-            False if there is nothing to go back to yet: the run goes on with what it has.
+        Saved at once: a run that is killed from here on does not meet the same spike again. Where there is nothing to
+        go back to, it goes on with what it has.
 
         Raises:
-            RunStopped: none of the checkpoints can be used (93).
+            RunStopped: none of the checkpoints can be used (93); the ranks differ and there is none from before, or
+                it is not the first time (95).
         """
-        step = self._parts.state.step
+        step, onset = self._parts.state.step, decision.rewind_from
+        assert onset is not None
+        self._divergences += decision.diverged
         with self.phase("rewind"):
-            if self._saver is None or not broadcast_object(self._saver.can_rewind(onset)):  # collective: all ranks
+            possible = self._saver is not None and broadcast_object(self._saver.can_rewind(onset))  # collective: all
+            if decision.diverged and (not possible or self._divergences > self._config.guard_max_rewinds):
+                self._stop(step, NODE_SUSPECTED, f"step {step}: the ranks differ, and cannot be taken back once more")
+            if self._saver is None or not possible:
                 logger.warning("There is no checkpoint from before step %d to go back to: going on.", onset)
                 self._note(step, "rewind impossible", onset=onset)
                 self._watch.guard.settle()
                 self._watch.escalation.go_on(step)
-                return False
+                return
             try:
                 to_step = self._saver.rewind(onset)  # collective: all ranks
             except DamagedCheckpoint as damage:
                 self._stop(step, DO_NOT_REQUEUE, f"step {step}: {damage}")
-        if settle:
+        if decision.settle:
             self._watch.guard.settle()
         self._vitals.drain()  # of weights that are gone
         self._saved = [saved for saved in self._saved if saved <= onset]
         self._equal_until = step
         logger.warning("Rewound from step %d to the weights of step %d.", step, to_step)
         self._note(step, "rewound", onset=onset, to_step=to_step)
-        return True
-
-    def save_rewound(self, *, epoch: int) -> None:
-        """The data goes on from here after a rewind, also if the run is killed now. Collective: all ranks."""
-        self._watch.escalation.go_on(self._parts.state.step)
-        if self._saver is not None:
-            with self.phase("save"):
-                self._saver.save_now_and_wait(epoch=epoch, reason="rewind")
+        with self.phase("save"):
+            self._saver.save_now_and_wait(epoch=epoch, reason="rewind")
 
     def end_by_signal(self, *, epoch: int) -> None:
         """Saves, and tells the batch script to go on later. Collective: all ranks."""
@@ -239,13 +256,16 @@ class Supervisor:
             write_sentinel(self._root, signal_name=signal_name, step=step)
 
     def end(self) -> None:
-        """Takes note of the last steps, and waits for the last save. Collective: all ranks."""
-        for read_step, read in self._vitals.drain():
-            self._decide(Decision(), read_step, read)
+        """Waits for the last save. Collective: all ranks."""
         if self._saver is not None:
             with self.phase("save"):
                 self._saver.finish()
             self._note_saves(self._saver)
+
+    def _read(self, decision: Decision, arrived: Sequence[tuple[int, Vitals]]) -> Decision:
+        for step, vitals in arrived:
+            decision = self._decide(decision, step, vitals)
+        return decision
 
     def _decide(self, decision: Decision, step: int, vitals: Vitals) -> Decision:
         decision = decision._replace(
@@ -254,9 +274,7 @@ class Supervisor:
         for action in self._watch.escalation.observe(step, vitals) if self._watch.guard.acts else ():
             self._carry_out(action, vitals)
             if isinstance(action, Rewind):
-                decision = decision._replace(
-                    rewind_from=action.onset, resume_step=action.resume_step, settle=action.settle
-                )
+                decision = decision._replace(rewind_from=action.onset, settle=action.settle)
         if vitals.overflow:
             self._note(step, "overflow", loss=vitals.loss)
         return decision
@@ -275,18 +293,19 @@ class Supervisor:
         self._damp_optimizer()
 
     def _damp_optimizer(self) -> None:
-        beta2 = self._watch.escalation.beta2
+        beta2 = self._watch.escalation.beta2 if self._watch.guard.acts else None
         if self._beta2 is not None:
             set_beta2(self._parts.optimizer, self._beta2 if beta2 is None else min(self._beta2, beta2))
 
     def _samples_of(self, step: int, vitals: Vitals) -> list[dict[str, Any]]:
-        """The first samples of a step: of the one rank that found something wrong, or of all."""
+        """The first samples of a step: of the one rank that found something wrong, or a few of many ranks."""
         batches = next((batches for known, batches in self._samples if known == step), [])
         rank, source = self._runtime.rank, self._parts.loader.source
-        mine = []
-        if vitals.flagged_rank in (-1, rank):
-            rows = torch.cat(batches)[:_SHOWN_SAMPLES, :2].tolist() if batches else []
-            mine = [{"rank": rank, "shard": source.shard_name(slot), "index": index} for slot, index in rows]
+        shown = _SHOWN_SAMPLES if vitals.flagged_rank == rank else 0
+        if vitals.flagged_rank == -1 and rank < _SHOWN_SAMPLES:
+            shown = max(1, _SHOWN_SAMPLES // self._runtime.world_size)
+        rows = torch.cat(batches)[:shown, :2].tolist() if batches else []
+        mine = [{"rank": rank, "shard": source.shard_name(slot), "index": index} for slot, index in rows]
         return [sample for samples in gather_objects(mine) for sample in samples]  # collective: all ranks
 
     def _find_divergence(self) -> int | None:
@@ -322,6 +341,9 @@ class Supervisor:
     def _stop(self, step: int, code: int, message: str) -> None:
         self._note(step, "stopped", code=code, reason=message)
         logger.error("%s.", message)
+        if self._saver is not None:
+            with self.phase("save"), suppress(RuntimeError):  # what is being written may be what is gone back to
+                self._saver.finish()
         raise RunStopped(code, message)
 
     def _note_saves(self, saver: Saver) -> None:

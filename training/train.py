@@ -65,33 +65,35 @@ def train(
     while state.step + ahead < plan.total_steps:
         step, place = state.step, state.step + ahead  # batches consumed, and where in the schedule this one stands
         micro_batches, waited_s = _next_micro_batches(batches, plan.accum_freq)
-        measurement.begin_step(waited_s=waited_s)
-        lr = schedule(place) * supervisor.lr_factor
-        metrics = train_step(micro_batches, lr=lr)
-        _consume(micro_batches, plan, parts=parts, trace=trace)
-        measurement.end_step(step, place, metrics, micro_batches[-1], lr=lr)
+        ends_epoch = (place + 1) % plan.steps_per_epoch == 0
+        if supervisor.leaves_out(step):
+            _consume(micro_batches, plan, parts=parts, trace=trace)
+            decision = supervisor.after_left_out(step)
+        else:
+            measurement.begin_step(waited_s=waited_s)
+            lr = schedule(place) * supervisor.lr_factor
+            metrics = train_step(micro_batches, lr=lr)
+            _consume(micro_batches, plan, parts=parts, trace=trace)
+            measurement.end_step(step, place, metrics, micro_batches[-1], lr=lr)
+            saves = ends_epoch or (saver is not None and saver.is_due(state.step))
+            samples = [_record(batch).samples for batch in micro_batches]
+            decision = supervisor.after_step(step, metrics.vitals, samples, saves=saves)
 
-        epoch, place_in_epoch = divmod(state.step + ahead, plan.steps_per_epoch)
-        due = saver is not None and (place_in_epoch == 0 or saver.is_due(state.step))
-        samples = [_record(batch).samples for batch in micro_batches]
-        decision = supervisor.after_step(step, metrics.vitals, samples, saves=due)
-        if decision.rewind_from is not None and supervisor.rewind(decision.rewind_from, settle=decision.settle):
-            until = min(decision.resume_step, plan.end_of_epoch(place) - ahead)
-            _leave_out(batches, plan, until=until, parts=parts, supervisor=supervisor, trace=trace)
-            epoch, place_in_epoch = divmod(state.step + ahead, plan.steps_per_epoch)
-            supervisor.save_rewound(epoch=epoch)
+        epoch = (place + 1) // plan.steps_per_epoch  # completed ones
+        if decision.rewind_from is not None:
+            supervisor.rewind(decision, epoch=epoch)
             measurement.restart()
         if saver is not None:
             # Saved before it is evaluated: an evaluation can be repeated, the steps cannot.
             with supervisor.phase("save"):
-                if place_in_epoch == 0:
+                if ends_epoch:
                     saver.save_epoch(epoch)
                 elif decision.save or saver.is_due(state.step):
                     saver.save_step(epoch=epoch)
-        if decision.stop and state.step + ahead < plan.total_steps:
+        if decision.stop and place + 1 < plan.total_steps:
             supervisor.end_by_signal(epoch=epoch)
             return False
-        if place_in_epoch == 0:
+        if ends_epoch:
             _evaluate(epoch, state.step, evaluate=evaluate, saver=saver, supervisor=supervisor, reporter=reporter)
             measurement.restart()
     supervisor.end()
@@ -114,25 +116,6 @@ def _consume(
 def _record(batch: DeviceBatch) -> BatchRecord:
     assert batch.record is not None
     return batch.record
-
-
-def _leave_out(
-    batches: Iterator[DeviceBatch],
-    plan: TrainPlan,
-    *,
-    until: int,
-    parts: RunParts,
-    supervisor: Supervisor,
-    trace: SampleTrace | None,
-) -> None:
-    """Reads batches and does nothing with them: after a rewind, what may have caused the spike is not met again.
-
-    The clock goes on: the schedule, the epochs and the trace count these samples as seen.
-    """
-    while parts.state.step < until:
-        micro_batches, _ = _next_micro_batches(batches, plan.accum_freq)
-        _consume(micro_batches, plan, parts=parts, trace=trace)
-        supervisor.beat(parts.state.step)
 
 
 def _next_micro_batches(batches: Iterator[DeviceBatch], count: int) -> tuple[list[DeviceBatch], float]:

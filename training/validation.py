@@ -478,6 +478,11 @@ def _inert_groups(config: Config) -> list[tuple[bool, str, tuple[str, ...]]]:
         ),
         (config.resilience.checksum_every_n_steps == 0, "parameters are not compared", ("on_divergence",)),
         (config.data.cache_shards is None, "--cache-shards is not given", ("cache_gib",)),
+        (
+            not has_zero_shot and evaluation.retrieval_data is None and config.data.val_data is None,
+            "nothing is evaluated (--val-data, --imagenet-val, --zeroshot-data, --retrieval-data)",
+            ("keep_best",),
+        ),
         (not has_zero_shot, "no zero-shot data is given (--imagenet-val, --zeroshot-data)", ("zeroshot_frequency",)),
         (config.data.val_data is None, "--val-data is not given", ("val_frequency", "val_num_samples")),
         ("wandb" not in report_targets(logging.report_to), "--report-to names no wandb", ("wandb_notes",)),

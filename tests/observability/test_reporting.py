@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -142,3 +143,29 @@ def test_small_numbers() -> None:
     mean.add(2.0)
     assert mean.mean == 1.5
     assert format_duration(3725.4) == "1:02:05"
+
+
+def test_a_full_disk_costs_numbers_and_not_the_run(tmp_path, caplog):
+    """/dev/full takes the open file's place: every write fails as on a full disk."""
+    sink = JsonLinesSink(tmp_path / "metrics.jsonl", first_step=0)
+    sink.write(0, {"train/loss": 1.0})
+    whole = os.dup(sink._file.fileno())
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, sink._file.fileno())
+    reporter = Reporter(
+        sinks=[sink],
+        detail_sinks=[sink],
+        progress=ProgressLine(io.StringIO()),
+        results_path=tmp_path / "gone" / "results.jsonl",
+        samples_per_epoch=10,
+        steps_per_epoch=10,
+        total_steps=10,
+    )
+    reporter.scalars(1, {"guard/skipped": 1.0})
+    reporter.evaluation(1, {"clip_val_loss": 1.0}, epoch=1)
+    os.dup2(whole, sink._file.fileno())
+    reporter.scalars(2, {"guard/skipped": 2.0})
+    reporter.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if line]
+    assert [line["step"] for line in lines] == [0, 2]
+    assert "Metrics cannot be written" in caplog.text

@@ -105,7 +105,7 @@ def test_ending_a_child_does_not_end_the_run(preemption):
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     child.start()
     child.terminate()
-    child.join(timeout=10)
+    child.join(timeout=60)
     assert child.exitcode == -signal.SIGTERM
     time.sleep(0.1)
     assert preemption.requested is None

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 TRACE_DIRECTORY = "trace"
 RECORD = np.dtype([("step", "<u4"), ("slot", "<u4"), ("raw_index", "<u4")])
@@ -24,15 +27,21 @@ class SampleTrace:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"rank_{rank:05d}.bin"
         truncate_trace(path, first_step=first_step)
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
+        self._ended = False
 
     def append(self, step: int, samples: Tensor) -> None:
         """Records the samples [B, columns slot, raw index, ...] of one batch of ``step``."""
         records = np.empty(len(samples), dtype=RECORD)
         records["step"] = step
         records["slot"], records["raw_index"] = samples[:, 0].numpy(), samples[:, 1].numpy()
-        self._file.write(records.tobytes())
-        self._file.flush()
+        if self._ended:
+            return
+        try:
+            self._file.write(records.tobytes())
+        except OSError as error:
+            self._ended = True
+            logger.error("The sample trace of this start ends before step %d: %s.", step, error)
 
     def close(self) -> None:
         """Closes the file."""

@@ -8,6 +8,7 @@ stands above for later steps happened to a past that no longer counts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -55,7 +56,8 @@ class EventLog:
             if self._lost == 1:
                 logger.warning("An event could not be written (%s): %s", error, line)
         for sink in self._sinks:
-            sink.write(step, {f"guard/{event}": self._counts[event]})
+            with contextlib.suppress(OSError):  # a full disk; the line above said so
+                sink.write(step, {f"guard/{event}": self._counts[event]})
 
     def close(self) -> None:
         """Closes the file; says how many events are missing in it."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from training.observability.console import ProgressLine
@@ -37,6 +38,7 @@ class Reporter:
         self._total_steps = total_steps
         self._countdown = Countdown(total_steps=total_steps)
         self._epoch_loss = RunningMean()
+        self._lost = 0
 
     def step(
         self,
@@ -53,8 +55,7 @@ class Reporter:
             place: of the step in the schedule, where that differs (a run that went on with another global batch).
         """
         place = step if place is None else place
-        for sink in self._sinks:
-            sink.write(step, {f"train/{name}": value for name, value in metrics.items()})
+        self._write(self._sinks, step, {f"train/{name}": value for name, value in metrics.items()})
         if place % self._steps_per_epoch == 0:
             self._epoch_loss.reset()
         self._epoch_loss.add(metrics["loss"])
@@ -71,8 +72,7 @@ class Reporter:
 
     def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
         """Hands details under their full names to their sinks, without a line."""
-        for sink in self.detail_sinks:
-            sink.write(step, numbers)
+        self._write(self.detail_sinks, step, numbers)
 
     def _line(self, step: int, metrics: Mapping[str, float], *, samples_per_step: int, remaining_s: float) -> str:
         epoch, done = divmod(step, self._steps_per_epoch)
@@ -93,13 +93,31 @@ class Reporter:
         """Reports one evaluation: a log line, the sinks (``val/*`` at the epoch, as OpenCLIP), results.jsonl."""
         shown = "\t".join(f"{name}: {value:.4f}" for name, value in result.items() if name != "epoch")
         logger.info("Eval Epoch: %d %s", epoch, shown)
-        for sink in self._sinks:
-            sink.write(step, {f"val/{name}": value for name, value in result.items() if name != "epoch"}, epoch=epoch)
+        numbers = {f"val/{name}": value for name, value in result.items() if name != "epoch"}
+        self._write(self._sinks, step, numbers, epoch=epoch)
         if self._results_path is not None:
-            append_result(self._results_path, {**result, "epoch": epoch})
+            path = self._results_path
+            self._try(lambda: append_result(path, {**result, "epoch": epoch}))
 
     def close(self) -> None:
         """Flushes every sink."""
         self._progress.clear()
         for sink in {*self._sinks, *self.detail_sinks}:
-            sink.close()
+            self._try(sink.close)
+        if self._lost:
+            logger.warning("%d times something could not be written: the metrics of this run have gaps.", self._lost)
+
+    def _write(
+        self, sinks: Sequence[MetricSink], step: int, numbers: Mapping[str, float], *, epoch: int | None = None
+    ) -> None:
+        for sink in sinks:
+            self._try(partial(sink.write, step, numbers, epoch=epoch))
+
+    def _try(self, write: Callable[[], None]) -> None:
+        """A full disk costs numbers, not the run; the first time is logged."""
+        try:
+            write()
+        except OSError as error:
+            self._lost += 1
+            if self._lost == 1:
+                logger.error("Metrics cannot be written (%s): training goes on.", error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -51,13 +52,19 @@ class JsonLinesSink:
         staging = path.with_suffix(".tmp")
         staging.write_text("".join(json.dumps(line) + "\n" for line in kept))
         staging.replace(path)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
+        self._cut = False
+        """The last line may not have been written whole."""
 
     def write(self, step: int, metrics: Mapping[str, float], *, epoch: int | None = None) -> None:
         """One line."""
         place = {"step": step} if epoch is None else {"step": step, "epoch": epoch}
-        self._file.write(json.dumps({**place, **metrics}) + "\n")
-        self._file.flush()
+        line = (json.dumps({**place, **metrics}) + "\n").encode()
+        # Unbuffered: what a full disk does not take must not come again with the next line, or at the end.
+        cut, self._cut = self._cut, True
+        if self._file.write(b"\n" * cut + line) != cut + len(line):
+            raise OSError(errno.ENOSPC, "a line was cut", self._file.name)
+        self._cut = False
 
     def close(self) -> None:
         """Closes the file."""
@@ -84,11 +91,14 @@ class WandbSink:
             dir=str(directory),
             config=dict(settings),
         )
+        self._newest = 0
 
     def write(self, step: int, metrics: Mapping[str, float], *, epoch: int | None = None) -> None:
         """One history row; ``step`` is also a metric of its own, as in OpenCLIP."""
         place = {"step": step} if epoch is None else {"step": step, "epoch": epoch}
-        self._run.log({**metrics, **place}, step=step)
+        # Its steps must not go back, and events are known some steps after theirs.
+        self._newest = max(self._newest, step)
+        self._run.log({**metrics, **place}, step=self._newest)
 
     def close(self) -> None:
         """Ends the run's upload."""

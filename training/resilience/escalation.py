@@ -3,13 +3,21 @@
     level  when                                                          what
     L0     a bad step                                                    Skipped: the device has left it out already
     L1     3 bad steps in 50, or large updates (RMS above 2.3) on more   Damp: beta2 and learning rate lower for
-           than 5 % of the tensors                                       --guard-damp-steps, then Undamp
+           than 5 % of the tensors in two measurements in a row          --guard-damp-steps, then Undamp
     L2     the smoothed loss 3.2 deviations up for 20 steps in a row,    Rewind: to a good checkpoint well before the
            or more than 10 bad steps in 100, or more than 50 overflows   onset, leaving out --guard-skip-steps of data
            of a loss scaler in a row
-    L3     a second rewind within 5000 steps                             L2, and learning rate x 0.7 for good
+    L3     a rewind within 5000 steps of the one before                  L2, and learning rate x 0.7. Each 20,000 steps
+                                                                         without a rewind take one 0.7 back: Restored
     L4     L2 after --guard-max-rewinds rewinds, each of them less       Stop: starting again would end the same way
-           than 1000 steps after the one before
+           than 1000 steps after the one before; or L3 with 0.7^3 in
+           force already
+
+So the learning rate is never below 0.343 of its schedule for long (half of that while damped), and a run that needs less
+says so by ending. It comes back in steps, as it went: at the full rate at once the run might be where it started.
+
+Large updates damp at the second measurement only, for one alone comes up in healthy runs and would cost them 500 steps
+at half the rate; and not at all under an optimizer that divides its updates by the RMS itself.
 
 NaN in the weights makes every step bad, so it is rewound as L2 does and stopped as L4 does. A lasting change of level,
 of the data for instance, is rewound as well; if that did not help, the second rewind asks for new statistics, which the
@@ -49,6 +57,10 @@ GOOD_WINDOW = 200
 """Clean steps that follow a checkpoint before it counts as good."""
 REPEATED_WITHIN = 5000
 REPEATED_LR_FACTOR = 0.7
+MOST_REDUCTIONS = 3
+"""In force at the same time: 0.343. A learning rate wrong by more than that is a setting to change, not to repair."""
+RESTORED_AFTER = 20_000
+"""Steps without a rewind."""
 PROGRESS_STEPS = 1000
 
 
@@ -94,6 +106,15 @@ class Rewind:
 
 
 @dataclass(frozen=True)
+class Restored:
+    """Enough steps without a rewind: one of the lasting reductions of the learning rate is taken back."""
+
+    step: int
+    lr_factor: float
+    """That is left of them; 1 if none is."""
+
+
+@dataclass(frozen=True)
 class Stop:
     """The run ends, with the code that says: do not start it again."""
 
@@ -101,14 +122,19 @@ class Stop:
     reason: str
 
 
-Action = Skipped | Damp | Undamp | Rewind | Stop
+Action = Skipped | Damp | Undamp | Rewind | Restored | Stop
 
 
 class Escalation:
     """The history of a run's trouble, as far as decisions depend on it."""
 
-    def __init__(self, config: ResilienceConfig) -> None:
+    def __init__(self, config: ResilienceConfig, *, clips_updates: bool = False) -> None:
+        """
+        Args:
+            clips_updates: the optimizer divides an update by its RMS (StableAdamW): a large one asks for nothing more.
+        """
         self._config = config
+        self._clips_updates = clips_updates
         self._newest = -1
         self._good_through = 0
         self._clean_since = 0
@@ -119,7 +145,12 @@ class Escalation:
         """In a row."""
         self._spike = _SpikeDetector(warmup=config.guard_warmup)
         self._damped_until: int | None = None
-        self._lasting_lr_factor = 1.0
+        self._large_updates = False
+        """In the latest measurement."""
+        self._reductions = 0
+        """Of the learning rate, by ``REPEATED_LR_FACTOR`` each."""
+        self._calm_since = 0
+        """No rewind since this step, nor a reduction taken back."""
         self._rewinds = 0
         """Without progress in between."""
         self._last_rewind: int | None = None
@@ -130,12 +161,19 @@ class Escalation:
     @property
     def lr_factor(self) -> float:
         """What the scheduled learning rate is multiplied by now."""
-        return self._lasting_lr_factor * (1.0 if self._damped_until is None else self._config.guard_damp_lr)
+        return REPEATED_LR_FACTOR**self._reductions * (
+            1.0 if self._damped_until is None else self._config.guard_damp_lr
+        )
 
     @property
     def beta2(self) -> float | None:
         """What beta2 is lowered to now; None if it is as configured."""
         return None if self._damped_until is None else self._config.guard_damp_beta2
+
+    @property
+    def resume_step(self) -> int:
+        """Data of earlier steps is left out, since the last rewind."""
+        return self._resume_step
 
     def good_through(self) -> int:
         """The newest step whose checkpoint is known to be followed by ``GOOD_WINDOW`` clean steps; 0 if none is."""
@@ -169,14 +207,21 @@ class Escalation:
         elif self._damped_until is not None and step >= self._damped_until:
             self._damped_until = None
             actions.append(Undamp(step))
+        if self._reductions and step - self._calm_since >= RESTORED_AFTER:
+            self._reductions -= 1
+            self._calm_since = step
+            actions.append(Restored(step, REPEATED_LR_FACTOR**self._reductions))
         return actions
 
     def observe_update_rms(self, step: int, share: float) -> list[Action]:
         """Takes the share of tensors whose update RMS is above ``LARGE_UPDATE_RMS``, whenever it is measured."""
         # In the first steps a second moment is an average of few gradients, and a large update says nothing.
-        if step < self._resume_step or self._stopped or not self._spike.is_warm or share <= LARGE_UPDATE_SHARE:
+        if self._clips_updates or step < self._resume_step or self._stopped or not self._spike.is_warm:
             return []
-        return [self._damp(step, f"update RMS above {LARGE_UPDATE_RMS} on {share:.0%} of the tensors")]
+        before, self._large_updates = self._large_updates, share > LARGE_UPDATE_SHARE
+        if not (before and self._large_updates):
+            return []
+        return [self._damp(step, f"update RMS above {LARGE_UPDATE_RMS} on {share:.0%} of the tensors, twice in a row")]
 
     def go_on(self, step: int) -> None:
         """A rewind could not be made: steps from ``step`` on are observed, and none is left out. It counts as tried."""
@@ -185,6 +230,7 @@ class Escalation:
     def settle(self) -> None:
         """Forgets what the loss was like: with another global batch it is another."""
         self._spike = _SpikeDetector(warmup=self._config.guard_warmup)
+        self._large_updates = False
 
     def state_dict(self) -> dict[str, Any]:
         """Everything in JSON types."""
@@ -197,7 +243,9 @@ class Escalation:
             "overflows": self._overflows,
             "spike": self._spike.state_dict(),
             "damped_until": self._damped_until,
-            "lasting_lr_factor": self._lasting_lr_factor,
+            "large_updates": self._large_updates,
+            "lasting_lr_factor": REPEATED_LR_FACTOR**self._reductions,
+            "calm_since": self._calm_since,
             "rewinds": self._rewinds,
             "last_rewind": self._last_rewind,
             "resume_step": self._resume_step,
@@ -213,7 +261,10 @@ class Escalation:
         self._overflows = int(state["overflows"])
         self._spike.load_state_dict(state["spike"])
         self._damped_until = state["damped_until"]
-        self._lasting_lr_factor = float(state["lasting_lr_factor"])
+        self._large_updates = bool(state.get("large_updates", False))
+        # The factor, as older checkpoints have it; they do not have the two others.
+        self._reductions = round(math.log(state["lasting_lr_factor"], REPEATED_LR_FACTOR))
+        self._calm_since = int(state.get("calm_since", state["newest"]))
         self._rewinds = int(state["rewinds"])
         self._last_rewind = state["last_rewind"]
         self._resume_step = int(state["resume_step"])
@@ -241,22 +292,28 @@ class Escalation:
 
     def _rewind_or_stop(self, step: int, onset: int, reason: str) -> Rewind | Stop:
         if self._rewinds >= self._config.guard_max_rewinds:
-            self._stopped = True
-            return Stop(
-                step,
-                f"step {step}: {reason}, after {self._rewinds} rewinds without {PROGRESS_STEPS} steps of progress: "
-                "lower --lr or --beta2, look at the data of these steps, or allow more with --guard-max-rewinds",
-            )
-        if self._last_rewind is not None and step - self._last_rewind <= REPEATED_WITHIN:
-            self._lasting_lr_factor *= REPEATED_LR_FACTOR
+            tried = f"after {self._rewinds} rewinds without {PROGRESS_STEPS} steps of progress"
+            return self._stop(step, reason, tried, "allow more with --guard-max-rewinds")
+        repeated = self._last_rewind is not None and step - self._last_rewind <= REPEATED_WITHIN
+        if repeated and self._reductions == MOST_REDUCTIONS:
+            tried = f"and the learning rate is lowered to {self.lr_factor:.2g} of its schedule already"
+            return self._stop(step, reason, tried, "start from an earlier checkpoint")
+        self._reductions += repeated
         self._rewinds += 1
-        self._last_rewind = step
+        self._last_rewind = self._calm_since = step
         self._resume_step = max(step + 1, onset + self._config.guard_skip_steps)
+        # Of overflows no single step was bad; all together they say that the weights before them were not good.
+        self._unclean.extend(place for place in range(onset, step + 1) if place not in self._unclean)
         self._clean_since = self._resume_step
         self._skips.clear()
         self._overflows = 0
         self.settle()
         return Rewind(step, onset, self._resume_step, reason, settle=self._rewinds > 1)
+
+    def _stop(self, step: int, reason: str, tried: str, otherwise: str) -> Stop:
+        self._stopped = True
+        remedy = f"lower --lr or --beta2, look at the data of these steps, or {otherwise}"
+        return Stop(step, f"step {step}: {reason}, {tried}: {remedy}")
 
     def _damp(self, step: int, reason: str) -> Damp:
         self._damped_until = step + self._config.guard_damp_steps
