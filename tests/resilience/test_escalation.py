@@ -14,6 +14,7 @@ from training.resilience.escalation import (
     Action,
     Damp,
     Escalation,
+    Restored,
     Rewind,
     Skipped,
     Stop,
@@ -75,14 +76,40 @@ def test_damping_lowers_beta2_and_lr_until_its_step():
     assert (escalation.lr_factor, escalation.beta2) == (1.0, None)
 
 
-@pytest.mark.parametrize(("share", "seen", "damps"), [(0.04, 200, False), (0.06, 200, True), (0.06, 50, False)])
-def test_large_updates_damp_once_the_second_moments_mean_something(share, seen, damps):
+@pytest.mark.parametrize(
+    ("shares", "seen", "damps"),
+    [
+        ([0.04, 0.04], 200, 0),
+        ([0.06], 200, 0),  # one sample of a healthy run
+        ([0.06, 0.0, 0.06, 0.05, 0.06], 200, 0),
+        ([0.06, 0.06], 200, 1),
+        ([0.06, 0.06, 0.06], 200, 2),
+        ([0.06, 0.06], 50, 0),  # before the second moments mean something
+    ],
+)
+def test_large_updates_damp_if_two_measurements_in_a_row_find_them(shares, seen, damps):
     escalation = Escalation(ResilienceConfig())
     observe(escalation, [CALM] * seen)
-    actions = escalation.observe_update_rms(seen, share)
-    assert bool(actions) == damps
-    if damps:
-        assert actions == [Damp(seen, seen + 500, "update RMS above 2.3 on 6% of the tensors")]
+    actions = [action for place, share in enumerate(shares) for action in measure(escalation, seen + place, share)]
+    reason = "update RMS above 2.3 on 6% of the tensors, twice in a row"
+    steps = range(seen + len(shares) - damps, seen + len(shares))
+    assert actions == [Damp(step, step + 500, reason) for step in steps]
+
+
+def measure(escalation: Escalation, step: int, share: float) -> list[Action]:
+    """After a restart, which must not forget the measurement before it."""
+    restarted = Escalation(ResilienceConfig())
+    restarted.load_state_dict(json.loads(json.dumps(escalation.state_dict())))
+    expected = restarted.observe_update_rms(step, share)
+    assert escalation.observe_update_rms(step, share) == expected
+    return expected
+
+
+def test_large_updates_do_not_damp_an_optimizer_that_clips_them():
+    escalation = Escalation(ResilienceConfig(), clips_updates=True)
+    observe(escalation, [CALM] * 200)
+    assert [escalation.observe_update_rms(step, 1.0) for step in range(200, 210)] == [[]] * 10
+    assert escalation.lr_factor == 1
 
 
 def test_a_rewind_goes_to_the_first_of_the_bad_steps_and_leaves_data_out():
@@ -129,6 +156,14 @@ def test_overflows_of_a_loss_scaler_are_normal_unless_they_do_not_end():
     assert (rewind.onset, rewind.reason) == (204, "51 overflows of the loss scaler in a row")
 
 
+def test_a_checkpoint_that_overflows_followed_is_not_good():
+    escalation = Escalation(ResilienceConfig())
+    observe(escalation, [CALM] * 500 + [OVERFLOW] * 51)
+    observe(escalation, [CALM] * 600, start=551)
+    assert escalation.good_through() > 800
+    assert [escalation.is_good(step) for step in (300, 301, 499, 550, 700)] == [True, False, False, False, True]
+
+
 def trouble(escalation: Escalation, start: int) -> Action:
     """Eleven bad steps from ``start`` on; the last action that follows."""
     return observe(escalation, [BAD] * 11, start=start)[-1]
@@ -144,6 +179,41 @@ def test_a_second_rewind_soon_after_the_first_lowers_the_learning_rate_for_good(
     assert escalation.lr_factor == pytest.approx(0.7)
 
 
+def test_the_learning_rate_is_lowered_three_times_at_most_and_then_the_run_ends():
+    escalation = Escalation(ResilienceConfig(guard_damp_lr=1.0))
+    actions, factors = [], []
+    for start in range(1000, 1000 + 5 * 1300, 1300):  # with progress in between: --guard-max-rewinds does not end it
+        actions.append(trouble(escalation, start))
+        factors.append(round(escalation.lr_factor, 3))
+        observe(escalation, [CALM] * 1080, start=start + 211)
+    assert factors == [1.0, 0.7, 0.49, 0.343, 0.343]
+    assert kinds(actions) == ["Rewind"] * 4 + ["Stop"]
+    assert actions[-1].reason == (
+        "step 6210: 11 bad steps within 100, and the learning rate is lowered to 0.34 of its schedule already: "
+        "lower --lr or --beta2, look at the data of these steps, or start from an earlier checkpoint"
+    )
+
+
+def test_each_20000_steps_without_a_rewind_take_one_reduction_back():
+    escalation = Escalation(ResilienceConfig(guard_damp_lr=1.0))
+    for start in (1000, 3000, 5000):
+        trouble(escalation, start)
+    assert escalation.lr_factor == pytest.approx(0.49)
+    actions = observe(escalation, [CALM] * 65_000, start=5300)
+    restored = [action for action in actions if isinstance(action, Restored)]
+    assert [(action.step, round(action.lr_factor, 3)) for action in restored] == [(25_010, 0.7), (45_010, 1.0)]
+    assert escalation.lr_factor == 1
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.7, 0.7**3])
+def test_the_state_of_an_older_version_keeps_its_learning_rate(factor):
+    escalation = Escalation(ResilienceConfig())
+    state = escalation.state_dict() | {"lasting_lr_factor": factor, "newest": 30_000}
+    escalation.load_state_dict({name: state[name] for name in state if name not in ("calm_since", "large_updates")})
+    assert escalation.lr_factor == pytest.approx(factor)
+    assert observe(escalation, [CALM] * 1000, start=30_001) == []
+
+
 def test_rewinds_without_progress_end_the_run():
     escalation = Escalation(ResilienceConfig(guard_max_rewinds=2))
     assert isinstance(trouble(escalation, 1000), Rewind)
@@ -157,7 +227,7 @@ def test_rewinds_without_progress_end_the_run():
 
 def test_rewinds_with_progress_in_between_do_not_end_the_run():
     escalation = Escalation(ResilienceConfig(guard_max_rewinds=2))
-    for start in range(1000, 20_000, 2000):
+    for start in range(1000, 50_000, 5500):
         assert isinstance(trouble(escalation, start), Rewind)
         observe(escalation, [CALM] * 1500, start=start + 300)
 
@@ -184,7 +254,7 @@ def test_steps_of_a_past_that_was_rewound_are_ignored():
     escalation = Escalation(ResilienceConfig(guard_skip_steps=200))
     assert trouble(escalation, 1000) == Rewind(1010, 1000, 1200, "11 bad steps within 100")
     assert observe(escalation, [BAD] * 189, start=1011) == []  # on their way to the host when it was decided
-    assert escalation.observe_update_rms(1100, 1.0) == []
+    assert [escalation.observe_update_rms(step, 1.0) for step in (1100, 1150)] == [[], []]
     assert kinds(observe(escalation, [BAD], start=1200)) == []
 
 
