@@ -188,7 +188,9 @@ def test_the_learning_rate_is_lowered_three_times_at_most_and_then_the_run_ends(
         observe(escalation, [CALM] * 1080, start=start + 211)
     assert factors == [1.0, 0.7, 0.49, 0.343, 0.343]
     assert kinds(actions) == ["Rewind"] * 4 + ["Stop"]
-    assert actions[-1].reason == (
+    stop = actions[-1]
+    assert isinstance(stop, Stop)
+    assert stop.reason == (
         "step 6210: 11 bad steps within 100, and the learning rate is lowered to 0.34 of its schedule already: "
         "lower --lr or --beta2, look at the data of these steps, or start from an earlier checkpoint"
     )

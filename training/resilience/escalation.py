@@ -13,8 +13,8 @@
            than 1000 steps after the one before; or L3 with 0.7^3 in
            force already
 
-So the learning rate is never below 0.343 of its schedule for long (half of that while damped), and a run that needs less
-says so by ending. It comes back in steps, as it went: at the full rate at once the run might be where it started.
+So the learning rate is at least 0.343 of its schedule (half of that while damped), and a run that needs less says so by
+ending. It comes back in steps, as it went: at the full rate at once the run might be where it started.
 
 Large updates damp at the second measurement only, for one alone comes up in healthy runs and would cost them 500 steps
 at half the rate; and not at all under an optimizer that divides its updates by the RMS itself.
@@ -161,9 +161,8 @@ class Escalation:
     @property
     def lr_factor(self) -> float:
         """What the scheduled learning rate is multiplied by now."""
-        return REPEATED_LR_FACTOR**self._reductions * (
-            1.0 if self._damped_until is None else self._config.guard_damp_lr
-        )
+        damping = 1.0 if self._damped_until is None else self._config.guard_damp_lr
+        return self._lasting_lr_factor * damping
 
     @property
     def beta2(self) -> float | None:
@@ -210,7 +209,7 @@ class Escalation:
         if self._reductions and step - self._calm_since >= RESTORED_AFTER:
             self._reductions -= 1
             self._calm_since = step
-            actions.append(Restored(step, REPEATED_LR_FACTOR**self._reductions))
+            actions.append(Restored(step, self._lasting_lr_factor))
         return actions
 
     def observe_update_rms(self, step: int, share: float) -> list[Action]:
@@ -244,7 +243,7 @@ class Escalation:
             "spike": self._spike.state_dict(),
             "damped_until": self._damped_until,
             "large_updates": self._large_updates,
-            "lasting_lr_factor": REPEATED_LR_FACTOR**self._reductions,
+            "lasting_lr_factor": self._lasting_lr_factor,
             "calm_since": self._calm_since,
             "rewinds": self._rewinds,
             "last_rewind": self._last_rewind,
@@ -268,6 +267,10 @@ class Escalation:
         self._rewinds = int(state["rewinds"])
         self._last_rewind = state["last_rewind"]
         self._resume_step = int(state["resume_step"])
+
+    @property
+    def _lasting_lr_factor(self) -> float:
+        return float(REPEATED_LR_FACTOR**self._reductions)
 
     def _note_cleanness(self, step: int, *, unclean: bool) -> None:
         if unclean:
@@ -295,8 +298,8 @@ class Escalation:
             tried = f"after {self._rewinds} rewinds without {PROGRESS_STEPS} steps of progress"
             return self._stop(step, reason, tried, "allow more with --guard-max-rewinds")
         repeated = self._last_rewind is not None and step - self._last_rewind <= REPEATED_WITHIN
-        if repeated and self._reductions == MOST_REDUCTIONS:
-            tried = f"and the learning rate is lowered to {self.lr_factor:.2g} of its schedule already"
+        if repeated and self._reductions >= MOST_REDUCTIONS:
+            tried = f"and the learning rate is lowered to {self._lasting_lr_factor:.2g} of its schedule already"
             return self._stop(step, reason, tried, "start from an earlier checkpoint")
         self._reductions += repeated
         self._rewinds += 1
