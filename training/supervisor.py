@@ -165,13 +165,13 @@ class Supervisor:
                 self._watch.guard.request(Request.SAVE)
         decision = self._read(Decision(), self._vitals.ready())
         saves |= decision.save or decision.stop
+        every = self._config.checksum_every_n_steps
+        # First of all: ranks that differ may know different things about the steps that are still to be read.
+        if every > 0 and ((step + 1) % every == 0 or saves) and (onset := self._find_divergence()) is not None:
+            return decision._replace(rewind_from=onset, diverged=True)
         if saves:
             # Saving waits for the device anyway, and what is saved must not owe a verdict. Host sync.
             decision = self._read(decision, self._vitals.drain())
-        every = self._config.checksum_every_n_steps
-        compares = every > 0 and ((step + 1) % every == 0 or saves)
-        if compares and (onset := self._find_divergence()) is not None:
-            decision = decision._replace(rewind_from=onset, diverged=True)
         return decision
 
     def leaves_out(self, step: int) -> bool:
