@@ -15,7 +15,8 @@ from torch import Tensor
 from tests.distributed.launch import run_ranks
 from tests.resilience.faulty_steps import BATCH_FAULTS, CPU, FAULTY_STEP, Outcome, build_guard, run_with_fault
 from training.config import ResilienceConfig
-from training.resilience.guard import LOSS_STD_FLOOR, VITALS, Request, StepGuard, Vitals
+from training.resilience.guard import LOSS_STD_FLOOR, STATISTICS, VITALS, Request, StepGuard, Vitals
+from training.resilience.replicas import differing_tensors
 
 ARMS: dict[str, dict[str, Any]] = {
     "adamw": {},
@@ -115,9 +116,11 @@ class Twin:
     """Adds what a second rank would: the same as this one, unless told otherwise."""
 
     def __init__(self) -> None:
+        self.own = torch.empty(0)
         self.other: Tensor | None = None
 
     def __call__(self, own: Tensor) -> Tensor:
+        self.own = own
         return own + (own if self.other is None else self.other)
 
 
@@ -237,10 +240,48 @@ def test_the_loss_that_counts_is_the_mean_over_ranks():
     for _ in range(10):
         judge(guard, 2.0)
     # This rank 9 deviations up, the other 9 down: nothing happened to the mean.
-    twin.other = torch.tensor([2.0 - 9 * LOSS_STD_FLOOR, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0])
+    twin.other = twin.own.clone()
+    twin.other[0] = 2.0 - 9 * LOSS_STD_FLOOR
     found = judge(guard, 2.0 + 9 * LOSS_STD_FLOOR)
     assert not found.bad
     assert found.loss == pytest.approx(2.0)
+
+
+def damaged_statistics(name: str, value: float, loss: float) -> tuple[float, str, list[int]]:
+    """Rank 1's copy is not what the others have; then a step."""
+    guard = build_guard(warmup=5)
+    for _ in range(10):
+        judge(guard, 2.0)
+    if guard._rank == 1:
+        getattr(guard, name).view(-1)[0] = value
+    verdict = guard.judge(torch.tensor(loss), torch.tensor(1.0))
+    statistics: list[int] = guard.statistics().tolist()
+    return verdict.found_inf.item(), str(verdict.vitals.tolist()), statistics
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "loss", "skipped"),
+    [
+        ("_mean", -50.0, 2.0, True),  # rank 1 alone would skip it
+        ("_mean", 50.0, 2.5, False),  # rank 1 alone would not
+        ("_mean", math.nan, 2.5, True),
+        ("_variance", math.inf, 2.5, True),
+        ("_variance", -1.0, 2.0, False),
+        ("_count", 0.0, 2.5, False),
+    ],
+)
+def test_ranks_come_to_one_verdict_though_the_statistics_of_one_are_damaged(name, value, loss, skipped):
+    verdicts = run_ranks(2, damaged_statistics, name, value, loss)
+    assert [found_inf for found_inf, _, _ in verdicts] == [skipped, skipped]
+    assert len({vitals for _, vitals, _ in verdicts}) == 1  # what the host decides on, too
+    assert len(differing_tensors([bits for _, _, bits in verdicts], STATISTICS)) >= 1  # and the damage is seen
+
+
+def test_statistics_of_healthy_ranks_are_equal_to_the_bit(two_ranks):
+    assert_equal(two_ranks[0]["adamw", "NaN pixel"].guard, two_ranks[1]["adamw", "NaN pixel"].guard)
+    guard = guard_of()
+    judge(guard, 2.0)
+    assert dict(zip(STATISTICS, guard.statistics().tolist(), strict=True))["guard//count"] == 0x3F800000
 
 
 def test_vitals_have_a_name_each():

@@ -1,12 +1,18 @@
 """Judges every step on the device, by one verdict that all ranks share: was it good enough to change the weights?
 
     loss, gradient norm of this rank \\
-    requests to stop or save          -> one all-reduce of 11 numbers -> StepVerdict -> optimizer.found_inf
+    what this rank knows as usual     |
+    requests to stop or save          -> one all-reduce of 17 numbers -> StepVerdict -> optimizer.found_inf
                                                                               \\-> vitals, read later on the host
 
 A step is bad if a loss or a gradient norm is not finite on any rank, or, once enough good steps are known, if the mean
 loss or the logarithm of a gradient norm is many standard deviations above its mean. A bad step changes nothing on any
 rank: a rank that skipped alone would be another model from then on. Bad steps do not enter the statistics.
+
+The statistics are replicas: all ranks learn the same from the same sums. Still a step is judged, and reported, by their
+mean over ranks, which travels with the rest: were one rank's copy damaged, its verdict would be its own otherwise. That
+costs 24 bytes in a message whose time is all latency; a second all-reduce of the verdict would double that time. The
+damage itself, which may blind or alarm all ranks alike, is what ``statistics`` is compared for.
 
 Nothing here waits for the device. What the host learns, it learns from ``DelayedVitals``.
 """
@@ -34,6 +40,10 @@ _SMALLEST_NORM = 1e-12
 _LARGEST_CHANGE = 100.0
 """Of what enters the statistics: one absurd value before the warm-up is over must not blind them for good."""
 _LOSS, _GRAD = 0, 1
+
+
+STATISTICS = tuple(f"guard//{name}" for name in ("count", "loss_mean", "grad_mean", "loss_variance", "grad_variance"))
+"""What ``StepGuard.statistics`` holds, for messages."""
 
 
 class Request(enum.Enum):
@@ -102,7 +112,7 @@ class StepVerdict(NamedTuple):
 
 
 class _Own(NamedTuple):
-    """What one rank adds to the all-reduce: 0-D tensors, in the order of the reduced vector."""
+    """What one rank adds to the all-reduce, in the order of the reduced vector: 0-D tensors, and the statistics."""
 
     loss: Tensor
     finite_loss: Tensor
@@ -117,6 +127,22 @@ class _Own(NamedTuple):
     source_rank: Tensor
     stop: Tensor
     save: Tensor
+    finite_statistics: Tensor
+    warm: Tensor
+    """Enough good steps are known to this rank."""
+    mean: Tensor
+    """[2]: loss, logarithm of the gradient norm; zero, as the next, if any of the statistics is not finite."""
+    std: Tensor
+    """[2]"""
+
+    @classmethod
+    def from_vector(cls, vector: Tensor) -> Self:
+        """The sum of what all ranks added."""
+        return cls(*vector[:-4].unbind(), *vector[-4:].split(2))
+
+    def vector(self) -> Tensor:
+        """What one all-reduce takes."""
+        return torch.cat([torch.stack(self[:-2]), *self[-2:]])
 
 
 class StepGuard:
@@ -145,7 +171,6 @@ class StepGuard:
         # Built once: a tensor of Python numbers per step would be a copy to the device that waits.
         self._thresholds = torch.tensor([config.guard_loss_z, config.guard_grad_z], device=device)
         self._floors = torch.tensor([LOSS_STD_FLOOR, LOG_GRAD_STD_FLOOR], device=device)
-        self._no_limit = torch.full((2,), math.inf, device=device)
         self._zero = torch.zeros((), device=device)
         self._nobody = torch.full((), -1.0, device=device)
         self._count = torch.zeros((), device=device)
@@ -175,17 +200,18 @@ class StepGuard:
             features: sum of the features that this rank computed, 0-D: names the rank whose input or tower is broken.
             overflow_is_normal: gradients are those of a scaled loss; if they alone are not finite, nothing is wrong.
         """
-        std = torch.maximum(self._variance.sqrt(), self._floors)
-        limits = torch.where(self._count >= self._warmup, self._mean + self._thresholds * std, self._no_limit)
-        own = self._measure(loss, grad_norm, features, grad_limit=limits[_GRAD])
-        total = _Own(*self._all_reduce_sum(torch.stack(own)).unbind())  # collective: all ranks
+        own = self._measure(loss, grad_norm, features)
+        total = _Own.from_vector(self._all_reduce_sum(own.vector()))  # collective: all ranks
+        mean, std = total.mean / total.finite_statistics, total.std / total.finite_statistics
+        is_warm = 2 * total.warm > self._world_size
+        loss_limit = mean[_LOSS] + self._thresholds[_LOSS] * std[_LOSS]
 
         values = torch.stack([total.loss / total.finite_loss, total.grad_norm / total.finite_norm])  # 0 / 0 is NaN
         bad_loss, bad_norm = total.finite_loss < self._world_size, total.finite_norm < self._world_size
         # An overflow is in the reduced gradient, so on all ranks; on some of them only it is another kind of damage.
         overflow = (total.finite_norm == 0) & ~bad_loss & overflow_is_normal
         non_finite = (bad_loss | bad_norm) & ~overflow
-        loss_high = ~bad_loss & (values[_LOSS] > limits[_LOSS])
+        loss_high = ~bad_loss & is_warm & (values[_LOSS] > loss_limit)
         grad_high = total.grad_high > 0
         bad = non_finite | loss_high | grad_high
         skip = bad | overflow
@@ -203,9 +229,9 @@ class StepGuard:
             "flagged_rank": torch.where(flagged == 1, flagged_rank, self._nobody),
             "loss": values[_LOSS],
             "grad_norm": values[_GRAD],
-            "loss_mean": self._mean[_LOSS],
+            "loss_mean": mean[_LOSS],
             "loss_std": std[_LOSS],
-            "log_grad_mean": self._mean[_GRAD],
+            "log_grad_mean": mean[_GRAD],
             "log_grad_std": std[_GRAD],
             "stop_requested": total.stop,
             "save_requested": total.save,
@@ -217,6 +243,11 @@ class StepGuard:
         )
         self._learn(values, good=~skip)
         return verdict
+
+    def statistics(self) -> Tensor:
+        """Their bits, in the order of ``STATISTICS``: int64 [5] on the device; equal on ranks that are sound."""
+        together = torch.cat([self._count[None], self._mean, self._variance])
+        return together.view(torch.int32).long()
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics in JSON types. Host sync."""
@@ -237,13 +268,19 @@ class StepGuard:
         for statistic in (self._count, self._mean, self._variance):
             statistic.zero_()
 
-    def _measure(self, loss: Tensor, grad_norm: Tensor, features: Tensor | None, *, grad_limit: Tensor) -> _Own:
+    def _measure(self, loss: Tensor, grad_norm: Tensor, features: Tensor | None) -> _Own:
         loss, grad_norm = loss.float(), grad_norm.float()
         loss_is_finite, norm_is_finite = loss.isfinite(), grad_norm.isfinite()
+        std = torch.maximum(self._variance.sqrt(), self._floors)
+        is_warm = self._count >= self._warmup
+        statistics = torch.stack([self._mean, std])
+        statistics_are_finite = statistics.isfinite().all()
         # Zero instead of what is not finite, which would spoil the sums.
+        statistics = torch.where(statistics_are_finite, statistics, self._zero)
         loss = torch.where(loss_is_finite, loss, self._zero)
         grad_norm = torch.where(norm_is_finite, grad_norm, self._zero)
-        grad_high = grad_norm.clamp_min(_SMALLEST_NORM).log() > grad_limit
+        grad_limit = self._mean[_GRAD] + self._thresholds[_GRAD] * std[_GRAD]
+        grad_high = is_warm & (grad_norm.clamp_min(_SMALLEST_NORM).log() > grad_limit)
         flagged = (~(loss_is_finite & norm_is_finite) | grad_high).float()
         source = self._zero if features is None else (~features.isfinite()).float()
         requests, self._requests = self._requests, set()
@@ -251,6 +288,7 @@ class StepGuard:
             *(loss, loss_is_finite.float(), grad_norm, norm_is_finite.float(), grad_high.float()),
             *(flagged, flagged * self._rank, source, source * self._rank),
             *(self._zero + float(request in requests) for request in (Request.STOP, Request.SAVE)),
+            *(statistics_are_finite.float(), is_warm.float(), *statistics.unbind()),
         )
 
     def _learn(self, values: Tensor, *, good: Tensor) -> None:
