@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,9 +19,10 @@ from tests.s3.server import Fault
 from training.checkpoint.checkpointer import Checkpointer, StepCheckpoint
 from training.checkpoint.manifest import MANIFEST_NAME, DamagedCheckpoint, verify
 from training.checkpoint.mirror import Mirror
-from training.checkpoint.mirror_fetch import RemoteRun, fetch_history, fetch_newest, fetch_url
+from training.checkpoint.mirror_fetch import RemoteRun, fetch_newest, fetch_url
+from training.checkpoint.mirror_history import fetch_history
 from training.checkpoint.mirror_plan import Sent, is_due
-from training.checkpoint.mirror_store import RemoteOptions, RemoteRefused, RemoteStore, open_store
+from training.checkpoint.mirror_store import RemoteFile, RemoteOptions, RemoteRefused, RemoteStore, open_store
 from training.checkpoint.tags import Tags
 from training.data.storage_errors import StorageError
 
@@ -490,3 +491,116 @@ def test_a_key_that_leaves_the_run_directory_is_not_written(tmp_path: Path, monk
     monkeypatch.setattr(remote, "listing", lambda: {f"{tmp_path}/elsewhere": None})
     with pytest.raises(StorageError, match="outside of"):
         fetch_history(remote, tmp_path / "run")
+
+
+def _during(mirror: Mirror, key: str, act: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Does something once, while a file is being uploaded."""
+    upload, acts = mirror._store.upload, [act]
+
+    def upload_meanwhile(sent: str, path: Path) -> None:
+        if sent.endswith(key) and acts:
+            acts.pop()()
+        upload(sent, path)
+
+    monkeypatch.setattr(mirror._store, "upload", upload_meanwhile)
+
+
+@pytest.mark.parametrize("name", ["data.safetensors", "model.safetensors", "train.json"])
+def test_a_checkpoint_that_retention_deletes_during_its_upload_is_left_out(
+    run: Path, url: str, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mirror = mirror_of(run, url)
+    directory = run / "checkpoints" / "step_00000020"
+    delete = Checkpointer(run / "checkpoints")._delete
+    _during(mirror, f"step_00000020/{name}", lambda: delete(directory), monkeypatch)
+    assert mirror.upload_once()
+    assert not directory.exists()
+    assert (mirror.status.failures, mirror.status.newest_step, caplog.text) == (0, 10, "")
+    assert whole_steps(url) == [10]
+    save(run, 30)
+    assert mirror.upload_once()
+    assert whole_steps(url) == [10, 30]
+    assert not open_store(url).list("checkpoints/step_00000020/")
+
+
+def test_a_checkpoint_that_is_replaced_during_its_upload_comes_with_the_next_round(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"file://{tmp_path}/away/run"
+    mirror = mirror_of(run, url)
+
+    def verify_meanwhile(directory: Path) -> None:
+        monkeypatch.setattr("training.checkpoint.mirror.verify", verify)
+        save(run, 20, value=7)
+        raise DamagedCheckpoint("read half before and half after")
+
+    monkeypatch.setattr("training.checkpoint.mirror.verify", verify_meanwhile)
+    assert not mirror.upload_once()
+    assert "damaged" not in caplog.text
+    assert whole_steps(url) == [10]
+    _during(mirror, "step_00000020/train.json", lambda: save(run, 20, value=8), monkeypatch)
+    mirror.upload_once()
+    assert whole_steps(url) == [10]
+    assert mirror.upload_once()
+    assert whole_steps(url) == [10, 20]
+    assert remote_run(url).manifest(20) == verify(run / "checkpoints" / "step_00000020")
+
+
+def test_a_file_that_is_deleted_while_files_are_listed_is_no_failure(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_symlink = Path.is_symlink
+
+    def look_meanwhile(path: Path) -> bool:
+        if path.name == "epoch_1.pt":
+            path.unlink(missing_ok=True)
+        return is_symlink(path)
+
+    monkeypatch.setattr(Path, "is_symlink", look_meanwhile)
+    assert mirror_of(run, f"file://{tmp_path}/away/run").upload_once()
+
+
+class _Panic(BaseException):
+    """What a client that is written in another language raises for its own mistakes."""
+
+
+def test_a_client_that_panics_ends_neither_the_thread_nor_the_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = mirror_of(run, f"file://{tmp_path}/away/run")
+    find, panics = mirror._store.list, [_Panic("index out of bounds")]
+
+    def find_or_panic(prefix: str = "") -> dict[str, RemoteFile]:
+        if panics:
+            raise panics.pop()
+        return find(prefix)
+
+    monkeypatch.setattr(mirror._store, "list", find_or_panic)
+    mirror.start()
+    _wait_for(lambda: mirror.status.complete)
+    assert mirror.status.failures == 1
+    panics.extend([_Panic("again")] * 1000)
+    status = mirror.finish(timeout_s=0.3)
+    assert not status.complete
+
+
+def test_finishing_hides_no_exception_that_is_on_its_way(run: Path, bucket: UploadBucket) -> None:
+    """Neither if the storage refuses, nor if it hangs, nor if the run never came to its first step."""
+    key = "run/checkpoints/step_00000020/data.safetensors"
+    for fault in (Fault(status=403, code="AccessDenied"), Fault(stall_at=0, stall_s=3), None):
+        bucket.faults(key, *([fault] if fault else []))
+        mirror = mirror_of(run, bucket.url("run"))
+        begun = time.monotonic()
+        with pytest.raises(ZeroDivisionError):
+            _fail_and_finish(mirror, begin=fault is not None)
+        assert time.monotonic() - begun < 2
+        assert not mirror.status.complete
+
+
+def _fail_and_finish(mirror: Mirror, *, begin: bool) -> None:
+    try:
+        if begin:
+            mirror.start()
+        raise ZeroDivisionError
+    finally:
+        assert mirror.finish(timeout_s=0.5).last_error is not None

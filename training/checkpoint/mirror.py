@@ -28,6 +28,7 @@ from typing import TypeVar
 from training.checkpoint.checkpointer import Checkpointer
 from training.checkpoint.manifest import MANIFEST_NAME, DamagedCheckpoint, Manifest, read_manifest, verify
 from training.checkpoint.mirror_fetch import CHECKPOINTS, MARK_NAME, RemoteRun, files_by_step, step_prefix
+from training.checkpoint.mirror_history import LEDGERS, knows_starts
 from training.checkpoint.mirror_plan import (
     SentFiles,
     epoch_files_to_delete,
@@ -49,6 +50,7 @@ from training.checkpoint.mirror_store import (
 )
 from training.checkpoint.retention import steps_to_delete
 from training.data.storage_errors import StorageCounters, StorageError
+from training.naming import STARTS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +109,7 @@ class Mirror:
         every_s: float = 300.0,
         keep: int = 2,
         keep_every: int = 0,
+        deletes: bool = True,
         fence: Callable[[], None] | None = None,
         options: RemoteOptions = DEFAULT_OPTIONS,
     ) -> None:
@@ -115,6 +118,7 @@ class Mirror:
             run: the run's directory.
             store: URL/NAME.
             keep, keep_every: as of the run's ``Checkpointer``.
+            deletes: whether what the run has given up goes there as well.
             fence: raises if another start owns the run by now; asked before every change that a reader could see.
         """
         self._run = run
@@ -122,6 +126,9 @@ class Mirror:
         self._every_s = every_s
         self._keep = keep
         self._keep_every = keep_every
+        self._deletes = deletes
+        self._continues = True
+        """What is there belongs to this run, so that no line of its history may be lost."""
         self._fence = fence
         self._mark: bytes | None = None
         """What this start has written there; whoever mirrors later writes another."""
@@ -150,7 +157,8 @@ class Mirror:
             continues: the run resumes from its own checkpoints, so that those at the other side are its own.
 
         Raises:
-            ValueError: the URL, the credentials or the permissions do not allow it, or another run is there.
+            ValueError: the URL, the credentials or the permissions do not allow it, or another run is there, or what
+                another directory has made of this one.
             RuntimeError: the storage does not work.
         """
         with start_errors("--remote-sync"):
@@ -160,6 +168,8 @@ class Mirror:
                     f"{self._store.url} holds checkpoints of another run of this name, up to step {steps[-1]}: pass "
                     "--resume latest to go on from there, or another --name or --remote-sync."
                 )
+            self._continues = continues
+            self._check_history()
             facts = {"host": socket.gethostname(), "directory": str(self._run.resolve()), "time": time.time()}
             mark = json.dumps(facts | {"start": uuid.uuid4().hex}).encode() + b"\n"
             self._patiently("Writing", lambda: self._store.write(MARK_NAME, mark))
@@ -167,7 +177,7 @@ class Mirror:
             if self._mark != mark:
                 raise RuntimeError(f"{self._store.url}/{MARK_NAME} reads otherwise than it was written.")
         try:
-            aborted = self._store.abort_unfinished()
+            aborted = self._store.abort_unfinished() if self._deletes else 0
         except Exception as error:  # a courtesy: costs storage, not correctness
             logger.info("Unfinished uploads at %s could not be removed: %s.", self._store.url, error)
         else:
@@ -182,14 +192,17 @@ class Mirror:
         """Uploads what is left, for ``timeout_s`` at most, and ends the thread. Never raises: the run itself is whole.
 
         What could not be uploaded is an error in the log with the command that uploads it, and ``complete`` is False.
+        In a ``finally`` it hides no exception that is on its way.
         """
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            self._abandoned.set()
-            self._status = replace(self._status, complete=False, last_error=f"not finished after {timeout_s:.0f} s")
         status = self.status
+        if self._thread.is_alive() or self._thread.ident is None:
+            self._abandoned.set()
+            error = "never begun" if self._thread.ident is None else f"not finished after {timeout_s:.0f} s"
+            # Not in self._status, which the thread may still replace.
+            status = replace(status, complete=False, last_error=error)
         if not status.complete:
             logger.error(
                 "%s is not a complete mirror of %s (%s). Nothing is lost here; to upload the rest: clipyard "
@@ -230,17 +243,33 @@ class Mirror:
         while True:
             final = self._stopping.wait(pause_s)
             refused_before = self._status.refused
-            complete = self.upload_once(final=final)
+            try:
+                complete = self.upload_once(final=final)
+            except BaseException as panic:  # a client in another language has no Exception for its own mistakes
+                complete = False
+                self._count_failure(f"{type(panic).__name__}: {panic}")
             if final and (complete or self._abandoned.is_set() or self._status.refused > refused_before):
                 return
             pause_s = self._every_s
             if final:
                 self._abandoned.wait(_FINAL_PAUSE_S)
 
+    def _count_failure(self, error: str) -> None:
+        logger.warning("Mirroring to %s failed: %s", self._store.url, error)
+        self._status = replace(
+            self._status,
+            rounds=self._status.rounds + 1,
+            failures=self._status.failures + 1,
+            complete=False,
+            last_error=error,
+        )
+
     def _round(self, *, final: bool) -> None:
         self._check_owner()
         self._skipped = False
         self._listing = self._patiently("Listing", self._store.list)
+        if not self._sent.is_last(STARTS_FILE, self._listing):
+            self._check_history()
         self._confirmed &= set(files_by_step(self._listing))
         steps = self._checkpointer.steps()  # before the logs are read: those reach as far as these
         files = plain_files(self._run)
@@ -254,9 +283,27 @@ class Mirror:
                 self._upload_file(path, final=final)
         self._delete_old(self._checkpointer.steps(), [path.relative_to(self._run).as_posix() for path in files])
 
+    def _check_history(self) -> None:
+        """Raises RemoteRefused if another directory has gone on with the run: nothing of what it did is overwritten."""
+        if self._continues and not knows_starts(self._run, self._read_or_nothing(STARTS_FILE)):
+            raise RemoteRefused(
+                f"{self._store.url}/{STARTS_FILE} has starts that {self._run} does not know: another directory "
+                "has gone on with this run. Start it with --resume latest and --remote-sync, which fetches that."
+            )
+
+    def _read_or_nothing(self, key: str) -> bytes:
+        def read() -> bytes:
+            try:
+                return self._store.read(key)
+            except RemoteMissing:
+                return b""
+
+        return self._patiently("Reading", read)
+
     def _upload_step(self, step: int) -> None:
         """Uploads a checkpoint unless it is there already; one that is damaged, or gone by now, is left out."""
         directory = self._checkpointer.path(step)
+        manifest = None
         try:
             manifest, data = read_manifest(directory), (directory / MANIFEST_NAME).read_bytes()
             if sha256(data).hexdigest() != manifest.sha256 or self._is_whole(step, manifest, data):
@@ -269,14 +316,20 @@ class Mirror:
             if read_manifest(directory) != manifest:
                 return
         except (DamagedCheckpoint, FileNotFoundError) as damage:
-            if directory.is_dir():
-                self._skipped = True
-                logger.warning("Not mirrored, since it is damaged here: %s.", damage)
+            self._left_out(directory, manifest, damage)
             return
         self._check_owner()
         self._write(step_prefix(step) + MANIFEST_NAME, data, local=f"sha256:{manifest.sha256}")
         self._confirmed.add(step)
         logger.info("Mirrored %s to %s.", directory.name, self._store.url)
+
+    def _left_out(self, directory: Path, manifest: Manifest | None, damage: Exception) -> None:
+        """Retention may delete a checkpoint while it is uploaded, and a later save may replace it: no damage at all."""
+        if not directory.is_dir():
+            return
+        self._skipped = True
+        if manifest is None or _manifest_of(directory) == manifest:
+            logger.warning("Not mirrored, since it is damaged here: %s.", damage)
 
     def _is_whole(self, step: int, manifest: Manifest, data: bytes) -> bool:
         """Whether this checkpoint, and no other of the same step, is complete at the other side."""
@@ -310,6 +363,10 @@ class Mirror:
                 self._upload(key, path, local=before, size=size)
                 return
             data = whole_lines(path, path.read_bytes())
+            if self._would_lose_lines(key, data):
+                self._skipped = True
+                logger.error("%s/%s has lines that %s lacks: it is not overwritten.", self._store.url, key, path)
+                return
         except FileNotFoundError:
             return
         except OSError as error:
@@ -317,6 +374,11 @@ class Mirror:
             logger.warning("Not mirrored, since it cannot be read: %s (%s).", path, error.strerror)
             return
         self._write(key, data, local=before)
+
+    def _would_lose_lines(self, key: str, data: bytes) -> bool:
+        """Of files that only grow; metrics may shrink, when a run goes on from an earlier step."""
+        checked = key in LEDGERS and self._continues and not self._sent.is_last(key, self._listing)
+        return checked and not data.startswith(self._read_or_nothing(key))
 
     def _upload(self, key: str, path: Path, *, local: str, size: int) -> None:
         """One file, unless it is there. Raises FileNotFoundError if it is not here."""
@@ -345,6 +407,8 @@ class Mirror:
         self._status = replace(self._status, files=self._status.files + 1, bytes=self._status.bytes + size)
 
     def _delete_old(self, local_steps: Collection[int], local_keys: Collection[str]) -> None:
+        if not self._deletes:
+            return
         whole = [step for step, files in files_by_step(self._listing).items() if MANIFEST_NAME in files]
         doomed = steps_to_delete(
             whole, keep=self._keep, every=self._keep_every, tags=self._checkpointer.tags(), verified=self._confirmed
@@ -352,7 +416,8 @@ class Mirror:
         for keys in keys_to_delete(self._listing, local_steps=local_steps, confirmed=self._confirmed, doomed=doomed):
             self._delete(keys[:1])  # from here on it is no checkpoint
             self._delete(keys[1:])
-        self._delete(epoch_files_to_delete(self._listing, local=local_keys, sent=list(self._sent)))
+        ours = [key for key in self._sent if self._sent.is_last(key, self._listing)]
+        self._delete(epoch_files_to_delete(self._listing, local=local_keys, sent=ours))
 
     def _delete(self, keys: list[str]) -> None:
         if not keys:
@@ -396,3 +461,10 @@ class Mirror:
     def _wait(self, seconds: float) -> None:
         if self._abandoned.wait(seconds):
             raise _Abandoned
+
+
+def _manifest_of(directory: Path) -> Manifest | None:
+    try:
+        return read_manifest(directory)
+    except DamagedCheckpoint:
+        return None

@@ -1,4 +1,4 @@
-"""Brings the checkpoints and the history of a run back from where they were mirrored.
+"""Brings the checkpoints of a run back from where they were mirrored.
 
     URL/NAME/checkpoints/step_00000120/MANIFEST.json   readable: the checkpoint exists; not there: it does not
     URL/NAME/checkpoints/step_00000120/*               sizes and sha256 as the manifest says
@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +41,7 @@ from training.checkpoint.mirror_store import (
     patiently,
 )
 from training.checkpoint.tags import TAGS_NAME, Tags, parse_tags, resume_order
-from training.data.storage_errors import Patience, StorageCounters, StorageError, Transient
+from training.data.storage_errors import Patience, StorageCounters, Transient
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ CHECKPOINTS = "checkpoints"
 MARK_NAME = "MIRROR.json"
 """Who mirrors here; of no use to a run."""
 _STEP_KEY = re.compile(rf"{CHECKPOINTS}/step_(\d{{8,}})/(.+)")
-_EPOCH_KEY = re.compile(rf"{CHECKPOINTS}/[^/]*\.pt")
+EPOCH_KEY = re.compile(rf"{CHECKPOINTS}/[^/]*\.pt")
 _STEP_END = re.compile(r"/step_(\d{8,})/?$")
 _FILES_AT_ONCE = 4
 
@@ -73,7 +73,12 @@ def step_prefix(step: int) -> str:
     return f"{CHECKPOINTS}/step_{step:08d}/"
 
 
-def files_by_step(listing: dict[str, RemoteFile]) -> dict[int, dict[str, RemoteFile]]:
+def is_step_key(key: str) -> bool:
+    """Whether an object is a file of a checkpoint."""
+    return _STEP_KEY.fullmatch(key) is not None
+
+
+def files_by_step(listing: Mapping[str, RemoteFile]) -> dict[int, dict[str, RemoteFile]]:
     """The files of each step, whole or not, by their name beside the manifest."""
     steps: dict[int, dict[str, RemoteFile]] = {}
     for key, file in listing.items():
@@ -224,7 +229,9 @@ def fetch_newest(remote: RemoteRun, checkpoints: Path, *, generation: int = 0) -
     """
     checkpointer = Checkpointer(checkpoints)
     local, away = set(checkpointer.steps()), set(remote.steps())
-    tags = checkpointer.tags() if (checkpoints / TAGS_NAME).is_file() else remote.tags()
+    tags = remote.tags()
+    if (checkpoints / TAGS_NAME).is_file():  # it knows nothing of what was only there
+        tags = checkpointer.tags().with_suspect(tags.suspect - local)
     damages: list[str] = []
     for step in resume_order(sorted(local | away), tags):
         try:
@@ -270,30 +277,6 @@ def fetch_url(url: str, checkpoints: Path, *, protocol: str | None = None, gener
     raise DamagedCheckpoint(f"No checkpoint at {url} is whole ({damages[0]}): correct --resume.")
 
 
-def fetch_history(remote: RemoteRun, run: Path) -> list[str]:
-    """Brings logs, metrics, events, starts and tags that are not here, so that a run's history goes on; returns them.
-
-    What exists here is newer and stays. Checkpoints and ``.pt`` files are left where they are.
-    """
-    wanted = [
-        key
-        for key in remote.listing()
-        if not (_STEP_KEY.fullmatch(key) or _EPOCH_KEY.fullmatch(key) or key == MARK_NAME or _is_hidden(key))
-    ]
-    missing = [key for key in sorted(wanted) if not (run / key).exists()]
-    for key in missing:
-        target = run / key
-        if not target.resolve().is_relative_to(run.resolve()):
-            raise StorageError(f"{remote.store.url}/{key} would be written outside of {run}: it is no mirror of ours.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = target.with_name(f".tmp-{new_token()}")
-        with staging.open("xb") as file:
-            for block in remote.stream(key):
-                file.write(block)
-        staging.replace(target)
-    return missing
-
-
 def _is_usable(path: Path, damages: list[str]) -> bool:
     try:
         check_usable(path)
@@ -302,7 +285,3 @@ def _is_usable(path: Path, damages: list[str]) -> bool:
         damages.append(str(damage))
         return False
     return True
-
-
-def _is_hidden(key: str) -> bool:
-    return any(part.startswith(".") for part in key.split("/"))

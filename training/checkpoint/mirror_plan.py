@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -18,8 +19,10 @@ from training.checkpoint.mirror_store import RemoteFile
 logger = logging.getLogger(__name__)
 
 STATE_NAME = ".mirror.json"
-LEFT_OUT = frozenset({"leases", "trace", "wandb"})
-"""Of this machine; as large as the data's index, and found again without it; uploaded by its own client."""
+SUPERSEDED = "superseded"
+"""What gave way here when the run had gone on elsewhere."""
+LEFT_OUT = frozenset({"leases", SUPERSEDED, "trace", "wandb"})
+"""Of this machine, both; as large as the data's index, and found again without it; uploaded by its own client."""
 _STEP_DIRECTORY = re.compile(r"step_\d{8,}|damaged-step_.*")
 _EPOCH_KEY = re.compile(rf"{CHECKPOINTS}/epoch_(\d+)\.pt")
 _ALWAYS_BYTES = 16 << 20
@@ -66,6 +69,11 @@ class SentFiles:
         sent = self._files.get(key)
         return sent is not None and sent.local == local and listing.get(key) == RemoteFile(sent.size, sent.version)
 
+    def is_last(self, key: str, listing: Mapping[str, RemoteFile]) -> bool:
+        """Whether the listing shows what was uploaded from here, and nothing that somebody else has written since."""
+        sent = self._files.get(key)
+        return sent is not None and listing.get(key) == RemoteFile(sent.size, sent.version)
+
     def add(self, key: str, local: str, file: RemoteFile) -> None:
         """An upload is finished."""
         self._files[key] = Sent(local, *file)
@@ -100,8 +108,9 @@ def plain_files(run: Path) -> list[Path]:
             and not (in_checkpoints and _STEP_DIRECTORY.fullmatch(name))
         ]
         for path in (here / name for name in names if not name.startswith(".")):
-            if path.is_file() and not path.is_symlink():
-                found.append((path.stat().st_size, path))
+            with contextlib.suppress(FileNotFoundError):  # deleted just now
+                if path.is_file() and not path.is_symlink():
+                    found.append((path.stat().st_size, path))
     return [path for _, path in sorted(found)]
 
 
@@ -148,7 +157,7 @@ def keys_to_delete(
     if newest is None:
         return []
     going = []
-    for step, files in files_by_step(dict(listing)).items():
+    for step, files in files_by_step(listing).items():
         unfinished = MANIFEST_NAME not in files  # and never will be: what is here no more is not uploaded any more
         if step not in local_steps and step < newest and (unfinished or step in doomed):
             going.append([step_prefix(step) + name for name in sorted(files, key=lambda name: name != MANIFEST_NAME)])

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from training.checkpoint.manifest import DamagedCheckpoint
 from training.checkpoint.mirror import Mirror, start_errors
-from training.checkpoint.mirror_fetch import CHECKPOINTS, RemoteRun, fetch_history, fetch_newest, fetch_url
+from training.checkpoint.mirror_fetch import CHECKPOINTS, RemoteRun, fetch_newest, fetch_url, parse_place
+from training.checkpoint.mirror_history import fetch_history
 from training.checkpoint.mirror_store import RemoteStore, open_store
 from training.config import CheckpointConfig
 
@@ -19,9 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 def bring_back(config: CheckpointConfig, *, run: Path, name: str, generation: int = 0) -> list[str]:
-    """What the mirror has and the run directory lacks, for ``--resume latest``. On rank 0, before the log is opened.
+    """What the mirror has and the run directory lacks, for a run that goes on. On rank 0, before the log is opened.
 
-    The directory has to be claimed. If the newest whole checkpoint is here, it is not downloaded.
+    The directory has to be claimed. If the newest whole checkpoint is here, it is not downloaded. If another directory
+    has gone on with the run, its history and its checkpoints count. A checkpoint of the mirror that ``--resume`` names
+    is fetched by ``fetch_resume``.
 
     Returns:
         What to write into the log once it is open.
@@ -30,20 +33,27 @@ def bring_back(config: CheckpointConfig, *, run: Path, name: str, generation: in
         ValueError: not a URL that can be used. RuntimeError: it cannot be read now.
         DamagedCheckpoint: there are checkpoints, and none is whole at either place.
     """
-    if config.remote_sync is None or config.resume != "latest":
+    if config.remote_sync is None:
         return []
     remote = RemoteRun(_store(config, name))
+    if not _goes_on(config, remote.store):
+        return []
     before = set((run / CHECKPOINTS).glob("step_*"))
     newest = None
     try:
         with start_errors("--remote-sync"):
             history = fetch_history(remote, run)
-            newest = fetch_newest(remote, run / CHECKPOINTS, generation=generation)
+            if config.resume == "latest":
+                newest = fetch_newest(remote, run / CHECKPOINTS, generation=generation)
     except DamagedCheckpoint as damage:
         if not config.allow_restart_from_zero:
             raise
         logger.warning("%s", damage)
-    notices = [f"Fetched {len(history)} files of the run's history from {remote.store.url}."] if history else []
+    notices = []
+    if history.fetched:
+        notices.append(f"Fetched {len(history.fetched)} files of the run's history from {remote.store.url}.")
+    if history.aside is not None:
+        notices.append(f"The run went on elsewhere since: what was here is in {history.aside}.")
     if newest is not None and newest not in before:
         notices.append(f"Fetched {newest.name} from {remote.store.url}.")
     return notices
@@ -89,10 +99,15 @@ def open_mirror(
         keep_every=config.keep_every_n_steps,
         fence=fence,
     )
-    resume = (config.resume or "").rstrip("/")
     # What is here was fetched from there, or has been there before: --resume latest never overlooks a newer one.
-    mirror.check(continues=resume == "latest" or resume.startswith(store.url))
+    mirror.check(continues=_goes_on(config, store))
     return mirror
+
+
+def _goes_on(config: CheckpointConfig, store: RemoteStore) -> bool:
+    """Whether the run continues what is mirrored at its own place."""
+    resume = config.resume or ""
+    return resume == "latest" or parse_place(resume).run == store.url
 
 
 def _store(config: CheckpointConfig, name: str) -> RemoteStore:
