@@ -28,7 +28,10 @@ DEMO_CONFIG := configs/runs/$(if $(filter short,$(DEMO)),demo-short,demo).yaml
 # One name per setting: an interrupted demo goes on where it stopped, a finished one only shows its result.
 DEMO_RUN := $(if $(filter short,$(DEMO)),demo-short,demo)
 
-.PHONY: help install demo test lint gpu clean
+SOAK ?= 3
+SOAK_SEED ?= 1
+
+.PHONY: help install demo test soak lint gpu clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -59,6 +62,10 @@ demo: $(INSTALLED)  ## make the demo shards, train on them, evaluate, print the 
 # Two test processes with one thread each: tests that start ranks of their own would fight over more.
 test: $(INSTALLED_TEST)  ## the whole suite, with the layer, style and type checks
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal --timeout 300 $(TEST_ARGS)
+
+# Bit-equal to an undisturbed run in the end, or it fails.
+soak: $(INSTALLED_TEST)  ## one fault after another at random, for SOAK minutes
+	OMP_NUM_THREADS=1 $(PYTHON) -m tests.faults.soak --minutes $(SOAK) --seed $(SOAK_SEED)
 
 lint: $(INSTALLED_TEST)  ## style, types and layers only
 	$(PYTHON) -m pytest -q tests/test_layers.py
