@@ -20,7 +20,16 @@ from training.checkpoint.checkpointer import (
     new_token,
     read_step_checkpoint,
 )
-from training.checkpoint.manifest import MANIFEST_NAME, DamagedCheckpoint, read_manifest, verify
+from training.checkpoint.exchange import put_in_place
+from training.checkpoint.manifest import (
+    MANIFEST_NAME,
+    DamagedCheckpoint,
+    describe,
+    read_manifest,
+    read_train,
+    verify,
+    write_manifest,
+)
 from training.checkpoint.tags import Tags
 
 
@@ -141,6 +150,7 @@ def test_a_checkpoint_of_the_first_format_is_still_read(tmp_path: Path) -> None:
 def _save_in_parts(checkpointer: Checkpointer, *, writers: list[int]) -> Path:
     """Rank 0 commits while the other parts are still being written."""
     staging = checkpointer.new_staging(5, token=new_token())
+    checkpointer.open_staging(staging)
     shares = {
         place: Share({f"model-{place:05d}-of-00002.safetensors": {f"w{place}": torch.ones(4)}}, {}) for place in writers
     }
@@ -178,6 +188,7 @@ def test_a_writer_that_never_finishes_ends_the_attempt(tmp_path: Path) -> None:
 def test_a_writer_that_fails_says_so_in_its_receipt(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path)
     staging = checkpointer.new_staging(5, token=new_token())
+    checkpointer.open_staging(staging)
     checkpointer.write_share(staging, Share({}, {"train.json": "{}"}), writer=0)
     ruined = Share({"model.safetensors": {"w": torch.tensor([float("inf")])}}, {})
     with pytest.raises(NotFinite, match="'w'"):
@@ -288,6 +299,7 @@ def test_what_earlier_starts_left_is_removed_and_what_a_later_one_writes_is_not(
     checkpointer.save(1, _content(1))
     stays = Checkpointer(tmp_path, generation=6).new_staging(9, token=new_token())
     own = checkpointer.new_staging(2, token=new_token())
+    checkpointer.open_staging(own)
     checkpointer.write_share(own, Share({}, {"train.json": "{}"}), writer=0)
     leftovers = [
         tmp_path / ".tmp-00000001-dead",
@@ -358,9 +370,114 @@ def test_two_directories_change_names_also_where_the_system_has_no_call_for_it(
 ) -> None:
     for name in "ab":
         (tmp_path / name / name).mkdir(parents=True)
-    exchange.exchange(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "a/b").is_dir()
+    new, old, aside = (tmp_path / name for name in ("a", "b", "aside"))
+    assert put_in_place(new, old, aside=aside) == new
+    assert (old / "a").is_dir()
     monkeypatch.setattr(exchange, "_exchange_at_once", lambda first, second: False)
-    exchange.exchange(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "a/a").is_dir()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert put_in_place(new, old, aside=aside) == aside
+    assert (old / "b").is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aside", "b"]
+
+
+def test_a_checkpoint_that_cannot_be_replaced_is_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, _content(1))
+    real = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if path.name.startswith(".tmp-00000001") and target.name == "step_00000001":
+            raise OSError(5, "Input/output error")
+        return real(path, target)
+
+    monkeypatch.setattr(exchange, "_exchange_at_once", lambda first, second: False)
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpointer.save(1, _content(2))
+    assert read_step_checkpoint(checkpointer.path(1)).train == {"v": 1}
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("in_its_place", ["nothing", "whole", "damaged"])
+def test_a_checkpoint_that_was_being_replaced_comes_back_unless_the_new_one_is_whole(
+    tmp_path: Path, in_its_place: str
+) -> None:
+    final = Checkpointer(tmp_path, generation=4).save(1, _content(1))
+    final.rename(tmp_path / f".tmp-aside-{final.name}-g00000004-12345678")
+    if in_its_place != "nothing":
+        Checkpointer(tmp_path, generation=4).save(1, _content(2))
+    if in_its_place == "damaged":
+        _damage(final, "flip")
+    assert Checkpointer(tmp_path, generation=3).clean_up() == [], "a later start is replacing it"
+    Checkpointer(tmp_path, generation=5).clean_up()
+    assert read_step_checkpoint(final).train == {"v": 2 if in_its_place == "whole" else 1}
+    assert not list(tmp_path.glob(".tmp-*"))
+    assert len(list(tmp_path.glob("damaged-*"))) == (in_its_place == "damaged")
+
+
+def test_a_janitor_has_nothing_to_do_where_there_is_no_directory_yet(tmp_path: Path) -> None:
+    assert Checkpointer(tmp_path / "none", generation=1).clean_up() == []
+
+
+@pytest.mark.parametrize("first", [15, 25])
+def test_a_damaged_checkpoint_does_not_push_out_the_only_whole_one(
+    tmp_path: Path, first: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (10, 20):
+        Checkpointer(tmp_path, keep=2).save(step, _content(step))
+    _damage(tmp_path / "step_00000020", "flip")
+    checkpointer = Checkpointer(tmp_path, keep=2)
+    with caplog.at_level(logging.WARNING):
+        checkpointer.save(first, _content(first))
+    assert "A damaged checkpoint does not count among those that are kept" in caplog.text
+    assert checkpointer.steps() == [10, first]
+    _damage(checkpointer.path(first), "flip")
+    assert checkpointer.newest() == checkpointer.path(10)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tmp_path: Path) -> None:
+    path = Checkpointer(tmp_path).save(1, _content(1)).rename(tmp_path / "step_00000002")
+    with pytest.raises(DamagedCheckpoint, match=r"step_00000002 holds the checkpoint of step 1, by its MANIFEST.json"):
+        verify(path)
+    verify(path.rename(tmp_path / "my best one"))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_counters_of_another_step_are_damage(tmp_path: Path, version: int) -> None:
+    path = Checkpointer(tmp_path).save(1, _content(1))
+    (path / "train.json").write_text(json.dumps({"step": 2}))
+    files = {name: describe(path / name) for name in read_manifest(path).files}
+    write_manifest(path, files, step=1)
+    if version == 1:
+        content = {"format": 1, "step": 1, "files": {name: facts._asdict() for name, facts in files.items()}}
+        (path / MANIFEST_NAME).write_text(json.dumps(content))
+    with pytest.raises(DamagedCheckpoint, match=r"train.json is of step 2, the MANIFEST.json beside it of 1"):
+        verify(path)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{"])
+def test_counters_that_are_no_object_are_damage(tmp_path: Path, text: str) -> None:
+    (tmp_path / "train.json").write_text(text)
+    with pytest.raises(DamagedCheckpoint, match=r"train.json cannot be read"):
+        read_train(tmp_path)
+
+
+def test_a_manifest_that_was_changed_is_damage_and_one_of_an_earlier_version_is_not(tmp_path: Path) -> None:
+    path = Checkpointer(tmp_path).save(1, _content(1))
+    manifest = path / MANIFEST_NAME
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(content | {"generation": 9}))
+    with pytest.raises(DamagedCheckpoint, match=r"MANIFEST.json .*its content is not what was written"):
+        read_manifest(path)
+    del content["sha256"]
+    manifest.write_text(json.dumps(content))
+    verify(path)
+
+
+def test_a_writer_that_is_late_does_not_bring_back_what_was_abandoned(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path)
+    staging = checkpointer.new_staging(5, token=new_token())
+    checkpointer.open_staging(staging)
+    checkpointer.abandon(staging)
+    with pytest.raises(FileNotFoundError):
+        checkpointer.write_share(staging, Share({}, {"train.json": "{}"}), writer=1)
+    assert list(tmp_path.iterdir()) == []

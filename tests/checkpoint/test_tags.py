@@ -70,6 +70,13 @@ def test_retention_deletes_nothing_while_nothing_that_stays_was_read_back() -> N
     assert steps_to_delete([10, 20, 30, 40], keep=2, tags=Tags(suspect=frozenset({40})), verified=[40]) == []
 
 
+def test_damaged_checkpoints_count_for_nothing_and_go_when_enough_others_are_there() -> None:
+    assert steps_to_delete([10, 20, 30], keep=2, verified=[30], damaged=[20]) == [20]
+    assert steps_to_delete([20, 30], keep=2, verified=[30], damaged=[20]) == []
+    tags = Tags(good=frozenset({10, 20}))
+    assert steps_to_delete([10, 20, 30, 40], keep=2, tags=tags, verified=[40], damaged=[20]) == [20]
+
+
 def test_suspect_checkpoints_do_not_push_out_sound_ones() -> None:
     tags = Tags(suspect=frozenset({30, 40, 50}))
     assert steps_to_delete([10, 20, 30, 40, 50], keep=2, tags=tags, verified=[20]) == [30]

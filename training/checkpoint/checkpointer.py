@@ -34,18 +34,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from training.checkpoint.exchange import exchange
+from training.checkpoint.exchange import put_in_place
 from training.checkpoint.manifest import (
     DamagedCheckpoint,
     FileFacts,
     Manifest,
     fsync,
     read_manifest,
+    read_train,
     verify,
     write_manifest,
 )
 from training.checkpoint.parts import parts_of
-from training.checkpoint.retention import steps_to_delete
+from training.checkpoint.retention import FEWEST, newest_sound, steps_to_delete
 from training.checkpoint.tags import TAGS_NAME, Tags, parse_tags, resume_order
 from training.checkpoint.tensor_file import map_tensors, write_tensors, write_text
 
@@ -55,6 +56,7 @@ LATEST_NAME = "LATEST"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY_PREFIX = ".tmp-"
 _TEMPORARY_NAME = re.compile(r"\.tmp-.+-g(\d{8,})-[0-9a-f]{8}(\.\w+)?")
+_ASIDE_NAME = re.compile(r"\.tmp-aside-(step_\d{8,})-g\d{8,}-[0-9a-f]{8}")
 _RECEIPT_TIMEOUT_S = 1800.0
 _POLL_S = 0.02
 
@@ -115,6 +117,7 @@ class Checkpointer:
         """Why this process must not change the run any more, once the fence has said so."""
         self._receipt_timeout_s = receipt_timeout_s
         self._verified: set[int] = set()
+        self._damaged: set[int] = set()
         self._in_flight: set[Path] = set()
         self._coming_suspect: set[int] = set()
         self._unwritten_tags: Tags | None = None
@@ -177,10 +180,21 @@ class Checkpointer:
 
     def new_staging(self, step: int, *, token: str) -> Path:
         """Where the files of a checkpoint are written before it is one; the token is the same on all ranks."""
-        return self.root / temporary_name(f"{step:08d}", generation=self.generation, token=token)
+        return self._temporary(f"{step:08d}", token=token)
+
+    def open_staging(self, staging: Path) -> None:
+        """Creates it, on rank 0, before others know of it: one that is late must not bring back what was abandoned.
+
+        Raises:
+            OSError: no space, no permission.
+        """
+        self._in_flight.add(staging)
+        staging.mkdir(parents=True, exist_ok=True)
 
     def write_share(self, staging: Path, share: Share, *, writer: int) -> None:
         """Writes one rank's files and their receipt; on failure removes them again, and says so in the receipt.
+
+        Only rank 0 creates the directory; where another finds none, the attempt was given up.
 
         Raises:
             OSError: no space, no permission, a disk that fails. NotFinite: the weights are ruined.
@@ -188,7 +202,8 @@ class Checkpointer:
         self._in_flight.add(staging)
         try:
             _check_finite(share)
-            staging.mkdir(parents=True, exist_ok=True)
+            if writer == 0:
+                self.open_staging(staging)
             facts = {name: write_tensors(staging / name, tensors) for name, tensors in share.tensors.items()}
             facts |= {name: write_text(staging / name, text) for name, text in share.texts.items()}
             _write_receipt(staging, writer, {name: entry._asdict() for name, entry in facts.items()})
@@ -225,16 +240,19 @@ class Checkpointer:
         self._in_flight.discard(staging)
         fsync(self.root)
         self._verified.add(step)
-        if replaced:
-            shutil.rmtree(staging, ignore_errors=True)
+        self._damaged.discard(step)
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
             self.change_tags(lambda tags: tags.without([step]).with_suspect(self._coming_suspect & {step}))
         self._write_hint(final)
         self.remove_old()
         return final
 
     def abandon(self, staging: Path) -> None:
-        """Removes what a failed attempt has written."""
+        """Removes what a failed attempt has written. Renamed first: a writer that is late finds nothing to write to."""
         self._in_flight.discard(staging)
+        with contextlib.suppress(OSError):
+            staging = staging.rename(self._temporary(f"trash-{staging.name.removeprefix(_TEMPORARY_PREFIX)}"))
         shutil.rmtree(staging, ignore_errors=True)
 
     def check_fence(self) -> None:
@@ -253,11 +271,14 @@ class Checkpointer:
             raise
 
     def remove_old(self) -> None:
-        """Deletes what is past retention. What cannot be deleted now is tried again after the next checkpoint."""
+        """Deletes what is past retention. What cannot be deleted now is tried again after the next checkpoint.
+
+        Before the first deletion of a start, the newest that stay are read back: damaged ones push out nothing.
+        """
         tags = self.tags()
-        doomed = steps_to_delete(
-            self.steps(), keep=self.keep, every=self.keep_every, tags=tags, verified=self._verified
-        )
+        doomed = self._doomed(tags)
+        if doomed and self._read_newest_back(tags):
+            doomed = self._doomed(tags)
         deleted = [step for step in doomed if self._delete(self.path(step))]
         if tags.without(deleted) != tags:
             self.change_tags(lambda tags: tags.without(deleted))
@@ -265,10 +286,18 @@ class Checkpointer:
             shutil.rmtree(trash, ignore_errors=True)
 
     def clean_up(self) -> list[Path]:
-        """Removes what earlier starts left half written or half deleted; returns it. Once, when a run starts.
+        """Removes what earlier starts left half written or half deleted; returns it.
 
-        What a later generation is writing stays: then this process is the one that is too late.
+        When a run starts: once it owns the run, before a checkpoint is looked for, since one that was being replaced
+        gets its name back; and before anything else is written, which needs the space. What a later generation is
+        writing stays: then this process is the one that is too late.
+
+        Raises:
+            OSError: a checkpoint cannot get its name back.
         """
+        for path in self.root.glob(f"{_TEMPORARY_PREFIX}aside-*"):
+            if self._is_leftover(path):
+                self._bring_back(path)
         leftovers = [path for path in self.root.glob(f"{_TEMPORARY_PREFIX}*") if self._is_leftover(path)]
         for path in leftovers:
             if path.is_dir():
@@ -283,10 +312,7 @@ class Checkpointer:
         self.check_fence()
         renamed = []
         for step in self.steps():
-            target = self.root / f"damaged-{self.path(step).name}"
-            if target.exists():
-                target = target.with_name(f"{target.name}-{uuid.uuid4().hex[:8]}")
-            renamed.append(self.path(step).rename(target))
+            renamed.append(self.path(step).rename(damaged_name(self.path(step))))
         self.change_tags(lambda _: Tags())
         return renamed
 
@@ -348,24 +374,62 @@ class Checkpointer:
         except DamagedCheckpoint as damage:
             raise DamagedCheckpoint(f"what was just written reads back otherwise: {damage}") from None
 
-    def _rename(self, staging: Path, final: Path) -> bool:
-        """Returns whether there was one of that step: then the old one has the temporary name now.
+    def _rename(self, staging: Path, final: Path) -> Path | None:
+        """Returns where the one of that step is now that was there before.
 
         A run that went on from an earlier checkpoint comes to the same step anew, perhaps with other settings.
         """
         if not final.exists():
             staging.rename(final)
-            return False
+            return None
         logger.warning("Replacing %s, which an earlier start of the run has written.", final)
-        exchange(staging, final)
-        return True
+        return put_in_place(staging, final, aside=self._temporary(f"aside-{final.name}"))
+
+    def _bring_back(self, aside: Path) -> None:
+        """A crash has hit the moment in which a checkpoint had to leave its place for a new one."""
+        match = _ASIDE_NAME.fullmatch(aside.name)
+        if match is None:
+            return
+        final = self.root / match[1]
+        try:
+            verify(final)
+        except DamagedCheckpoint:
+            if final.exists():
+                final.rename(damaged_name(final))
+            aside.rename(final)
+            logger.warning("%s is back: a crash had hit while it was being replaced.", final)
+
+    def _doomed(self, tags: Tags) -> list[int]:
+        return steps_to_delete(
+            self.steps(),
+            keep=self.keep,
+            every=self.keep_every,
+            tags=tags,
+            verified=self._verified,
+            damaged=self._damaged,
+        )
+
+    def _read_newest_back(self, tags: Tags) -> bool:
+        """Reads back as many of the newest as a run must never have fewer of; returns whether one is damaged."""
+        known = len(self._damaged)
+        while unread := [
+            step
+            for step in newest_sound(self.steps(), count=FEWEST, tags=tags, damaged=self._damaged)
+            if step not in self._verified
+        ]:
+            try:
+                check_usable(self.path(unread[-1]))
+                self._verified.add(unread[-1])
+            except DamagedCheckpoint as damage:
+                logger.warning("A damaged checkpoint does not count among those that are kept: %s.", damage)
+                self._damaged.add(unread[-1])
+        return len(self._damaged) > known
 
     def _delete(self, directory: Path) -> bool:
         """Renamed first: a crash half way through deleting must not leave something that looks like a checkpoint."""
-        name = temporary_name(f"trash-{directory.name}", generation=self.generation, token=new_token())
         try:
             self.check_fence()
-            trash = directory.rename(self.root / name)
+            trash = directory.rename(self._temporary(f"trash-{directory.name}"))
         except OSError as error:
             logger.warning("%s cannot be deleted (%s).", directory, error)
             return False
@@ -378,12 +442,15 @@ class Checkpointer:
         match = _TEMPORARY_NAME.fullmatch(path.name)
         return match is None or int(match[1]) <= self.generation
 
+    def _temporary(self, label: str, *, token: str | None = None) -> Path:
+        return self.root / temporary_name(label, generation=self.generation, token=token or new_token())
+
     def _write_hint(self, final: Path) -> None:
         with contextlib.suppress(OSError):
             self._replace_text(LATEST_NAME, final.name + "\n")
 
     def _replace_text(self, name: str, text: str) -> None:
-        staging = self.root / temporary_name(name, generation=self.generation, token=new_token())
+        staging = self._temporary(name)
         try:
             write_text(staging, text)
             staging.replace(self.root / name)
@@ -412,19 +479,6 @@ def read_parts(directory: Path, manifest: Manifest, kind: str) -> dict[str, Tens
     return tensors
 
 
-def read_train(directory: Path) -> dict[str, Any]:
-    """``train.json`` of a checkpoint.
-
-    Raises:
-        DamagedCheckpoint: there is none, or it is no JSON.
-    """
-    try:
-        content: dict[str, Any] = json.loads((directory / "train.json").read_text())
-        return content
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"{directory / 'train.json'} cannot be read ({error!r})") from None
-
-
 def check_usable(directory: Path) -> None:
     """Verifies a checkpoint and looks at its weights.
 
@@ -441,7 +495,8 @@ def none_is_whole(root: Path, damages: Sequence[str]) -> DamagedCheckpoint:
     """The error of a run whose checkpoints are all unusable."""
     return DamagedCheckpoint(
         f"None of the {len(damages)} step checkpoints in {root} is whole ({damages[0]}): restore one, or pass --resume "
-        "PATH, or --allow-restart-from-zero to put them aside and start from the beginning."
+        "PATH, or --allow-restart-from-zero to put them aside and go on from the newest epoch_N.pt, or else start from "
+        "the beginning."
     )
 
 
@@ -461,6 +516,12 @@ def is_finite(tensor: Tensor) -> bool:
 def temporary_name(label: str, *, generation: int, token: str) -> str:
     """A name that no reader takes for a checkpoint, and that tells the janitor which start is writing it."""
     return f"{_TEMPORARY_PREFIX}{label}-g{generation:08d}-{token}"
+
+
+def damaged_name(path: Path) -> Path:
+    """A name beside it that is free, and that no reader takes for a checkpoint."""
+    name = path.with_name(f"damaged-{path.name}")
+    return name.with_name(f"{name.name}-{new_token()}") if name.exists() else name
 
 
 def new_token() -> str:

@@ -1,4 +1,4 @@
-"""Swaps two directories in one step, so that at no moment one of the names is without a directory."""
+"""Puts a directory in the place of another, so that a crash at any moment leaves the one or the other to be found."""
 
 from __future__ import annotations
 
@@ -10,13 +10,24 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
-def exchange(first: Path, second: Path) -> None:
-    """Each gets the other's name. Without the system call for it (not Linux, some network disks) three renames do."""
-    if not _exchange_at_once(first, second):
-        aside = first.with_name(f"{first.name}-aside")
-        second.rename(aside)
-        first.rename(second)
-        aside.rename(first)
+def put_in_place(new: Path, old: Path, *, aside: Path) -> Path:
+    """Gives ``new`` the name of ``old``; returns where the old one is now.
+
+    At no moment the name is without a directory. Where the system has no call for that (not Linux, NFS and other
+    network disks), the old one is renamed to ``aside`` first: after a crash just then it has to be brought back.
+
+    Raises:
+        OSError: the new one cannot be renamed; the old one has its name again.
+    """
+    if _exchange_at_once(new, old):
+        return new
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except BaseException:
+        aside.rename(old)
+        raise
+    return aside
 
 
 def _exchange_at_once(first: Path, second: Path) -> bool:

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 from training.resilience.exit_codes import DO_NOT_REQUEUE
 
 MANIFEST_NAME = "MANIFEST.json"
+TRAIN_NAME = "train.json"
 FORMAT = 2
 _READABLE_FORMATS = (1, 2)
 _CHUNK_BYTES = 1 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
 class DamagedCheckpoint(RuntimeError):
@@ -43,20 +45,21 @@ class Manifest(NamedTuple):
     world_size: int
     """Ranks of the job that wrote it; 0 in format 1, which does not say."""
     sha256: str
-    """Of MANIFEST.json itself: two checkpoints with the same are the same."""
+    """Of MANIFEST.json as a file: two checkpoints with the same are the same."""
 
 
 def write_manifest(
     directory: Path, files: Mapping[str, FileFacts], *, step: int, generation: int = 0, world_size: int = 1
 ) -> None:
     """Writes MANIFEST.json over files that are on disk already, and flushes it and the directory."""
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "step": step,
         "generation": generation,
         "world_size": world_size,
         "files": {name: files[name]._asdict() for name in sorted(files)},
     }
+    content["sha256"] = _own_sha256(content)
     manifest = directory / MANIFEST_NAME
     manifest.write_text(json.dumps(content, indent=1) + "\n")
     fsync(manifest)
@@ -67,26 +70,56 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint, without a look at the files.
 
     Raises:
-        DamagedCheckpoint: there is none, or it is not one.
+        DamagedCheckpoint: there is none, it is not one, or it is that of another step than the directory's.
     """
     try:
         data = (directory / MANIFEST_NAME).read_bytes()
-        return _parse(json.loads(data), sha256=hashlib.sha256(data).hexdigest())
+        manifest = _parse(json.loads(data), sha256=hashlib.sha256(data).hexdigest())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{directory} has no readable {MANIFEST_NAME} ({error!r})") from None
+    match = _STEP_NAME.fullmatch(directory.name)
+    if match is not None and int(match[1]) != manifest.step:
+        raise DamagedCheckpoint(f"{directory} holds the checkpoint of step {manifest.step}, by its {MANIFEST_NAME}")
+    return manifest
 
 
 def verify(directory: Path) -> Manifest:
     """Reads every byte; returns the manifest if every file is exactly as written.
 
     Raises:
-        DamagedCheckpoint: no manifest, or a file that is missing, of another size or of another content.
+        DamagedCheckpoint: no manifest, a file that is missing, of another size or of another content, or two files
+            that speak of different steps.
     """
     manifest = read_manifest(directory)
     for name, expected in manifest.files.items():
         check_size(directory / name, expected)
         check_content(directory / name, expected=expected, found=describe(directory / name))
+    if TRAIN_NAME in manifest.files:
+        check_step(directory, manifest, read_train(directory))
     return manifest
+
+
+def read_train(directory: Path) -> dict[str, Any]:
+    """``train.json`` of a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: there is none, or it is not one.
+    """
+    try:
+        content = json.loads((directory / TRAIN_NAME).read_text())
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{directory / TRAIN_NAME} cannot be read ({error!r})") from None
+    if not isinstance(content, dict):
+        raise DamagedCheckpoint(f"{directory / TRAIN_NAME} cannot be read (it holds no object)")
+    return content
+
+
+def check_step(directory: Path, manifest: Manifest, train: Mapping[str, Any]) -> None:
+    """Raises DamagedCheckpoint if a ``train.json`` speaks of another step than the manifest beside it."""
+    if train.get("step", manifest.step) != manifest.step:
+        raise DamagedCheckpoint(
+            f"{directory / TRAIN_NAME} is of step {train['step']}, the {MANIFEST_NAME} beside it of {manifest.step}"
+        )
 
 
 def check_size(path: Path, expected: FileFacts) -> None:
@@ -138,6 +171,8 @@ def fsync(path: Path) -> None:
 def _parse(content: Any, *, sha256: str) -> Manifest:
     if content["format"] not in _READABLE_FORMATS:
         raise ValueError(f"format {content['format']}: this version reads {_READABLE_FORMATS}")
+    if content.get("sha256", own := _own_sha256(content)) != own:
+        raise ValueError("its content is not what was written")
     files = {name: FileFacts(int(entry["size"]), str(entry["sha256"])) for name, entry in content["files"].items()}
     for name in files:
         if not _PLAIN_NAME.fullmatch(name):
@@ -145,6 +180,12 @@ def _parse(content: Any, *, sha256: str) -> Manifest:
     return Manifest(
         int(content["step"]), files, int(content.get("generation", 0)), int(content.get("world_size", 0)), sha256
     )
+
+
+def _own_sha256(content: Mapping[str, Any]) -> str:
+    """Of all that a manifest says besides; those of earlier versions do not carry it."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _show(facts: FileFacts) -> str:

@@ -17,15 +17,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from training.checkpoint.checkpointer import is_finite, read_train
+from training.checkpoint.checkpointer import is_finite
 from training.checkpoint.manifest import (
+    TRAIN_NAME,
     DamagedCheckpoint,
     FileFacts,
     Manifest,
     check_content,
     check_size,
+    check_step,
     describe,
     read_manifest,
+    read_train,
 )
 from training.checkpoint.parts import parts_of
 from training.checkpoint.tensor_file import Entry, TensorReader, read_entries
@@ -157,12 +160,14 @@ def _make_plan(directory: Path) -> StepPlan:
     manifest = read_manifest(directory)
     for name, facts in manifest.files.items():
         check_size(directory / name, facts)
-    if "train.json" not in manifest.files:
-        raise DamagedCheckpoint(f"{directory} has no train.json")
-    train = directory / "train.json"
-    check_content(train, expected=manifest.files["train.json"], found=describe(train))
+    if TRAIN_NAME not in manifest.files:
+        raise DamagedCheckpoint(f"{directory} has no {TRAIN_NAME}")
+    facts = manifest.files[TRAIN_NAME]
+    check_content(directory / TRAIN_NAME, expected=facts, found=describe(directory / TRAIN_NAME))
+    train = read_train(directory)
+    check_step(directory, manifest, train)
     files = {kind: _plan_files(directory, manifest, kind) for kind in ("model", "optimizer", "rng", "data")}
-    return StepPlan(directory, manifest, read_train(directory), files)
+    return StepPlan(directory, manifest, train, files)
 
 
 def _plan_files(directory: Path, manifest: Manifest, kind: str) -> list[FilePlan]:
