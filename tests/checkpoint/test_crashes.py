@@ -10,12 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.checkpoint import jobs
-from tests.checkpoint.tiny_run import build_saver, tiny_parts, train_steps
+from tests.checkpoint.tiny_run import ALONE, build_saver, tiny_parts, train_steps
 from tests.distributed.launch import run_ranks, start_ranks
+from training.checkpoint import exchange
+from training.checkpoint import saver as saver_module
 from training.checkpoint.checkpointer import Checkpointer
+from training.checkpoint.export import read_epoch_file
 from training.checkpoint.manifest import read_manifest, verify
+from training.checkpoint.run_state import find_resume_path, restore
 
 PHASES = ["the first file", "the receipts", "the manifest", "reading back", "the rename", "the hint", "retention"]
 
@@ -30,6 +35,64 @@ def test_a_run_that_dies_in_a_save_has_the_one_before_or_the_new_one(tmp_path: P
     assert checkpointer.newest() == checkpointer.path(step)
     assert len(checkpointer.clean_up()) == (step == 1)
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+def die_between_the_renames(root: str) -> None:
+    """Replaces step 1 where directories cannot change names at once."""
+    parts = tiny_parts()
+    train_steps(parts)
+    build_saver(Path(root), parts).save_now_and_wait(0, "exit")
+    real = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if path.name.startswith(".tmp-00000001") and target.name == "step_00000001":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(path, target)
+
+    exchange._exchange_at_once = lambda *_: False  # type: ignore[assignment]
+    Path.rename = rename  # type: ignore[assignment, method-assign]
+    build_saver(Path(root), parts).save_now_and_wait(0, "exit")
+
+
+def test_a_run_that_dies_between_two_renames_has_its_checkpoint_again_at_the_next_start(tmp_path: Path) -> None:
+    (process,) = start_ranks(1, die_between_the_renames, str(tmp_path))
+    process.join(timeout=60)
+    assert process.exitcode == -signal.SIGKILL
+    checkpointer = Checkpointer(tmp_path)
+    assert checkpointer.newest() is None
+    checkpointer.clean_up()
+    assert checkpointer.newest() == checkpointer.path(1)
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def die_before_the_export(root: str) -> None:
+    """In the background, as soon as the epoch's step is on the disk."""
+    parts = tiny_parts()
+    train_steps(parts)
+    saver = build_saver(Path(root), parts, save_most_recent=True)
+    saver_module.write_epoch_file = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    saver.save_epoch(1)
+    saver.finish()
+
+
+def test_epoch_files_that_a_start_died_before_are_made_by_the_next_one(tmp_path: Path) -> None:
+    (process,) = start_ranks(1, die_before_the_export, str(tmp_path))
+    process.join(timeout=60)
+    assert process.exitcode == -signal.SIGKILL
+    assert not list(tmp_path.glob("*.pt"))
+    parts = tiny_parts(seed=1)
+    path = find_resume_path("latest", checkpoints=tmp_path)
+    assert path is not None
+    restore(path, parts, runtime=ALONE, steps_per_epoch=1, samples_per_step=4)
+    saver = build_saver(tmp_path, parts, save_most_recent=True)
+    saver.export_owed(1)
+    saver.finish()
+    for name in ("epoch_1.pt", "epoch_latest.pt"):
+        read = read_epoch_file(str(tmp_path / name))
+        assert (read.epoch, torch.equal(read.state_dict["visual.proj"], parts.model.state_dict()["visual.proj"])) == (
+            1,
+            True,
+        )
 
 
 def _wait_for_a_step_after(step: int, root: Path) -> None:

@@ -17,6 +17,7 @@ from training.checkpoint.export import (
     write_epoch_file,
 )
 from training.checkpoint.run_state import RunParts
+from training.checkpoint.saver import Saver
 
 CONTENT = {
     "epoch": 3,
@@ -172,6 +173,68 @@ def test_only_the_file_of_the_epoch_before_is_deleted_on_request(tmp_path: Path)
         saver.save_epoch(epoch)
     saver.finish()
     assert [path.name for path in tmp_path.glob("*.pt")] == ["epoch_3.pt"]
+
+
+def _at_epoch(root: Path, epoch: int, **settings: object) -> Saver:
+    """A start that stands at the end of an epoch, which has its step checkpoint and no epoch files yet."""
+    parts = tiny_parts()
+    train_steps(parts, epoch)
+    saver = build_saver(root, parts, **settings)
+    saver.save_now_and_wait(epoch, "signal")
+    return saver
+
+
+def _names_after_owed(saver: Saver, root: Path, epoch: int) -> list[str]:
+    saver.export_owed(epoch)
+    saver.finish()
+    return sorted(path.name for path in root.glob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "there", "expected"),
+    [
+        ({}, [], ["epoch_2.pt"]),
+        ({"save_frequency": 2}, [], ["epoch_2.pt"]),
+        ({"save_frequency": 4}, [], []),
+        ({"save_frequency": 0, "save_most_recent": True}, [], ["epoch_latest.pt"]),
+        ({"delete_previous_checkpoint": True}, ["epoch_1.pt"], ["epoch_2.pt"]),
+        ({"delete_previous_checkpoint": True}, ["epoch_3.pt"], ["epoch_3.pt"]),
+    ],
+)
+def test_only_the_epoch_files_that_are_due_are_owed(
+    tmp_path: Path, settings: dict[str, object], there: list[str], expected: list[str]
+) -> None:
+    saver = _at_epoch(tmp_path, 2, **settings)
+    for name in there:
+        (tmp_path / name).touch()
+    assert _names_after_owed(saver, tmp_path, 2) == expected
+
+
+def test_epoch_files_that_are_there_are_not_made_again_but_an_older_latest_is(tmp_path: Path) -> None:
+    saver = _at_epoch(tmp_path, 2, save_most_recent=True)
+    for name, epoch in (("epoch_2.pt", 2), ("epoch_latest.pt", 1)):
+        torch.save({"epoch": epoch, "state_dict": {}}, tmp_path / name)
+    assert _names_after_owed(saver, tmp_path, 2) == ["epoch_2.pt", "epoch_latest.pt"]
+    assert read_epoch_file(str(tmp_path / "epoch_2.pt")).state_dict == {}
+    assert read_epoch_file(str(tmp_path / "epoch_latest.pt")).epoch == 2
+    torch.save({"epoch": 5, "state_dict": {}}, tmp_path / "epoch_latest.pt")
+    _names_after_owed(saver, tmp_path, 2)
+    assert read_epoch_file(str(tmp_path / "epoch_latest.pt")).epoch == 5
+
+
+def test_nothing_is_owed_at_the_beginning_or_without_the_checkpoint_of_this_epoch(tmp_path: Path) -> None:
+    assert _names_after_owed(_at_epoch(tmp_path, 0), tmp_path, 0) == []
+    assert _names_after_owed(build_saver(tmp_path / "none", tiny_parts()), tmp_path, 1) == []
+    assert _names_after_owed(_at_epoch(tmp_path, 2), tmp_path, 1) == [], "of another number of steps in an epoch"
+
+
+def test_what_is_owed_is_not_made_from_a_damaged_checkpoint(tmp_path: Path) -> None:
+    saver = _at_epoch(tmp_path, 1)
+    weights = tmp_path / "step_00000001/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"ruin")
+    with pytest.raises(RuntimeError, match=r"The last save of the run failed \(DamagedCheckpoint: .*was written as"):
+        _names_after_owed(saver, tmp_path, 1)
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_a_step_that_is_saved_already_only_gets_its_epoch_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ from safetensors.torch import load_file
 
 from tests.checkpoint import jobs
 from tests.checkpoint.tiny_run import build_saver, tiny_parts, train_steps
-from tests.distributed.launch import run_ranks
-from training.checkpoint.checkpointer import Checkpointer, read_step_checkpoint
+from tests.distributed.launch import current_runtime, run_ranks
+from training.checkpoint.checkpointer import Checkpointer, Share, read_step_checkpoint
 from training.checkpoint.manifest import read_manifest
 
 
@@ -90,3 +91,27 @@ def test_a_restore_takes_no_second_copy_of_the_optimizer_state(tmp_path: Path) -
     ((state, growth),) = run_ranks(1, jobs.restore_a_larger_model, str(tmp_path))
     assert state > 30
     assert growth < 0.35 * state
+
+
+def abandon_before_the_other_begins(root: str) -> bool:
+    """Rank 0's disk is full at once; rank 1 begins when rank 0 has given up."""
+    jobs.write_in_parts()
+    runtime = current_runtime()
+    real = Checkpointer.write_share
+
+    def write(self: Checkpointer, staging: Path, share: Share, *, writer: int) -> None:
+        if writer == 0:
+            raise OSError(28, "No space left on device")
+        deadline = time.monotonic() + 20
+        while staging.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        real(self, staging, share, writer=writer)
+
+    Checkpointer.write_share = write  # type: ignore[method-assign]
+    parts = tiny_parts(runtime=runtime)
+    return build_saver(Path(root), parts, runtime=runtime).save_now_and_wait(0, "exit")
+
+
+def test_a_writer_that_begins_late_leaves_no_trace_of_an_abandoned_save(tmp_path: Path) -> None:
+    assert run_ranks(2, abandon_before_the_other_begins, str(tmp_path)) == [False, False]
+    assert list(tmp_path.iterdir()) == []

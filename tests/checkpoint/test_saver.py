@@ -264,3 +264,27 @@ def test_a_run_with_nothing_but_damage_starts_over_only_if_allowed(tmp_path: Pat
         "damaged-step_00000001",
         "damaged-step_00000002",
     ]
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_run_with_nothing_but_damage_goes_on_from_an_epoch_file_before_it_starts_over(
+    tmp_path: Path, readable: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = tiny_parts()
+    saver = build_saver(tmp_path, parts, save_most_recent=True)
+    train_steps(parts)
+    saver.save_epoch(1)
+    saver.finish()
+    weights = tmp_path / "step_00000001/model.safetensors"
+    weights.write_bytes(b"")
+    (tmp_path / "epoch_latest.pt").unlink()  # the same file by another name
+    (tmp_path / "epoch_latest.pt").write_bytes(b"")
+    if not readable:
+        (tmp_path / "epoch_1.pt").write_bytes(b"")
+    expected = str(tmp_path / "epoch_1.pt") if readable else None
+    with caplog.at_level(logging.WARNING):
+        assert find_resume_path("latest", checkpoints=tmp_path, allow_restart_from_zero=True) == expected
+    assert ("Starting from the beginning" in caplog.text) == (not readable)
+    assert ("Going on from" in caplog.text) == readable
+    assert find_resume_path("latest", checkpoints=tmp_path) == expected, "a later start without permission agrees"
+    assert len(list(tmp_path.glob("damaged-*"))) == 2 + (not readable)

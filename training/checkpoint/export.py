@@ -8,6 +8,7 @@ checkpoint on the disk, so that neither the training nor its memory takes part.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -19,9 +20,11 @@ import fsspec
 import torch
 from torch import Tensor
 
-from training.checkpoint.checkpointer import new_token, read_parts, read_train, temporary_name
-from training.checkpoint.manifest import fsync, read_manifest
+from training.checkpoint.checkpointer import damaged_name, new_token, read_parts, temporary_name
+from training.checkpoint.manifest import fsync, read_manifest, read_train
 from training.checkpoint.optimizer_state import split_names, unpack_groups
+
+logger = logging.getLogger(__name__)
 
 _EPOCH_NAME = re.compile(r"epoch_(\d+)\.pt")
 LATEST_NAME = "epoch_latest.pt"
@@ -129,13 +132,33 @@ def _replace_with_copy(source: Path, target: Path) -> None:
 
 def newest_epoch_file(directory: Path) -> Path | None:
     """``epoch_latest.pt`` if there is one, else the file with the highest epoch; other names are never considered."""
-    latest = directory / LATEST_NAME
-    if latest.is_file():
-        return latest
-    matches = [match for match in (_EPOCH_NAME.fullmatch(path.name) for path in directory.glob("*.pt")) if match]
-    if not matches:
+    return next(iter(_epoch_files(directory)), None)
+
+
+def newest_readable_epoch_file(directory: Path) -> Path | None:
+    """The same of those that can be read. The others are renamed: they are not found any more, and not lost."""
+    for path in _epoch_files(directory):
+        try:
+            read_epoch_file(str(path))
+            return path
+        except ValueError as error:
+            logger.warning("%s It is kept as %s.", error, path.rename(damaged_name(path)))
+    return None
+
+
+def saved_epoch(path: Path) -> int | None:
+    """Completed epochs of an epoch file; None if there is none that can be read. Tensors stay on the disk."""
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"])
+    except Exception:  # torch has no common type for what a damaged or foreign file makes it raise
         return None
-    return directory / max(matches, key=lambda match: int(match[1])).string
+
+
+def _epoch_files(directory: Path) -> list[Path]:
+    matches = [match for match in (_EPOCH_NAME.fullmatch(path.name) for path in directory.glob("*.pt")) if match]
+    numbered = [directory / match.string for match in sorted(matches, key=lambda match: int(match[1]), reverse=True)]
+    latest = directory / LATEST_NAME
+    return [latest] * latest.is_file() + numbered
 
 
 def delete_epoch_file(directory: Path, *, epoch: int) -> None:

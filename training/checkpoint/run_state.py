@@ -24,7 +24,7 @@ from training.checkpoint.checkpointer import (
     train_json,
 )
 from training.checkpoint.config_change import saved_global_batch
-from training.checkpoint.export import newest_epoch_file, read_epoch_file
+from training.checkpoint.export import newest_epoch_file, newest_readable_epoch_file, read_epoch_file
 from training.checkpoint.foreign_optimizer import load_foreign_optimizer
 from training.checkpoint.manifest import DamagedCheckpoint, verify
 from training.checkpoint.optimizer_state import (
@@ -154,7 +154,8 @@ def find_resume_path(
 
     Args:
         verified: read every byte; not needed where ``restore`` does so anyway and falls back.
-        allow_restart_from_zero: if no checkpoint can be used, put all of them aside and start from the beginning.
+        allow_restart_from_zero: if no step checkpoint can be used, put all of them aside, and go on from the newest
+            epoch file that can be read, or else start from the beginning: as a later start without this would.
 
     Raises:
         ValueError: not a checkpoint. DamagedCheckpoint: there are step checkpoints, and none is whole.
@@ -163,14 +164,16 @@ def find_resume_path(
     if resume == "latest":
         if checkpoints is None:
             raise ValueError("--resume latest with --logs none: there is no run directory to look in; pass a path.")
+        find_file = newest_readable_epoch_file if allow_restart_from_zero else newest_epoch_file
         try:
-            found = Checkpointer(checkpoints).newest(check=check) or newest_epoch_file(checkpoints)
+            found = Checkpointer(checkpoints).newest(check=check) or find_file(checkpoints)
         except DamagedCheckpoint as damage:
             if not allow_restart_from_zero:
                 raise
-            aside = Checkpointer(checkpoints).set_aside()
-            logger.warning("%s Starting from the beginning; they are kept as %s.", damage, ", ".join(map(str, aside)))
-            return None
+            kept = ", ".join(map(str, Checkpointer(checkpoints).set_aside()))
+            found = find_file(checkpoints)
+            plan = "Starting from the beginning" if found is None else f"Going on from {found}"
+            logger.warning("%s %s; they are kept as %s.", damage, plan, kept)
         return None if found is None else str(found)
     if "://" in resume or resume.endswith(".pt"):
         return resume

@@ -11,14 +11,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.checkpoint.background import BackgroundWriter
 from training.checkpoint.checkpointer import Checkpointer, new_token
-from training.checkpoint.export import delete_epoch_file, epoch_content, write_epoch_file
-from training.checkpoint.manifest import read_manifest
+from training.checkpoint.export import LATEST_NAME, delete_epoch_file, epoch_content, saved_epoch, write_epoch_file
+from training.checkpoint.manifest import read_manifest, read_train, verify
 from training.checkpoint.run_state import Captured, RunParts, capture, rewind_before
 from training.checkpoint.staging import Staging
 from training.checkpoint.tags import Tags, rewind_order
@@ -131,12 +132,19 @@ class Saver:
 
     def save_epoch(self, epoch: int) -> None:
         """Begins a step checkpoint and the epoch files due after ``epoch`` completed epochs. Collective: all ranks."""
-        frequency = self._config.save_frequency
-        numbered = epoch == self._epochs or (frequency > 0 and epoch % frequency == 0)
-        deletes = self._config.delete_previous_checkpoint and numbered and frequency > 0
-        latest = self._config.save_most_recent
-        files = EpochFiles(epoch, numbered, latest, epoch - frequency if deletes else None)
-        self._save(epoch=epoch, reason="epoch", wait=True, files=files if numbered or latest else None)
+        files = self._files_due(epoch)
+        self._save(epoch=epoch, reason="epoch", wait=True, files=files if files.numbered or files.latest else None)
+
+    def export_owed(self, epoch: int) -> None:
+        """Makes up for the epoch files that are due after ``epoch`` completed epochs and are not there.
+
+        Call it when a start stands at the end of an epoch: the one before may have ended between the checkpoint of
+        that step and its epoch files, or had no space for them. In the background, on rank 0; no collective.
+        """
+        step = self._parts.state.step
+        if self._runtime.is_main and epoch > 0 and step in self._checkpointer.steps():
+            self._writer.wait()
+            self._start(step, partial(self._export_owed, step, self._files_due(epoch)))
 
     def save_now_and_wait(self, epoch: int, reason: str) -> bool:
         """Saves and returns when it is on the disk: on a signal, at the exit, after a rewind. Collective: all ranks.
@@ -221,6 +229,12 @@ class Saver:
         if self._last_fault:
             raise RuntimeError(f"The last save of the run failed ({self._last_fault}): {self._remedy()}")
 
+    def _files_due(self, epoch: int) -> EpochFiles:
+        frequency = self._config.save_frequency
+        numbered = epoch == self._epochs or (frequency > 0 and epoch % frequency == 0)
+        deletes = self._config.delete_previous_checkpoint and numbered and frequency > 0
+        return EpochFiles(epoch, numbered, self._config.save_most_recent, epoch - frequency if deletes else None)
+
     def _save(self, *, epoch: int, reason: str, wait: bool, files: EpochFiles | None) -> bool:
         start = time.perf_counter()
         step = self._parts.state.step
@@ -237,7 +251,7 @@ class Saver:
         if any(busy for busy, _ in ranks):
             self._drop(step)
             return False
-        token = broadcast_object(new_token())  # collective: all ranks
+        token = broadcast_object(self._open_staging(step) if self._runtime.is_main else "")  # collective: all ranks
         captured = capture(
             self._parts, runtime=self._runtime, epoch=epoch, config=self._run_config, staging=self._staging
         )  # collective: all ranks
@@ -246,6 +260,13 @@ class Saver:
             logger.debug("Staged step %d (%s) in %.0f ms.", step, reason, stall_ms)
             self._start(step, partial(self._write, step, token, captured, stall_ms=stall_ms, files=files))
         return True
+
+    def _open_staging(self, step: int) -> str:
+        """The token of a new attempt, whose directory is there before another rank can write to it. On rank 0."""
+        token = new_token()
+        with suppress(OSError):  # then rank 0's share cannot be written either, and that is counted
+            self._checkpointer.open_staging(self._checkpointer.new_staging(step, token=token))
+        return token
 
     def _start(self, step: int, job: Callable[[], _Done]) -> None:
         self._coming_step = step
@@ -282,6 +303,20 @@ class Saver:
 
     def _export_only(self, step: int, files: EpochFiles) -> _Done:
         return _Done(step, None, self._export(self._checkpointer.path(step), files))
+
+    def _export_owed(self, step: int, due: EpochFiles) -> _Done:
+        """The files of ``due`` that are missing, or older; nothing that was deleted because there is a later one."""
+        root, directory = self._checkpointer.root, self._checkpointer.path(step)
+        numbered = due.numbered and not (root / f"epoch_{due.epoch}.pt").exists()
+        if due.delete_epoch is not None and (root / f"epoch_{2 * due.epoch - due.delete_epoch}.pt").exists():
+            numbered = False
+        latest = due.latest and (saved_epoch(root / LATEST_NAME) or 0) < due.epoch
+        if not (numbered or latest) or read_train(directory).get("epoch") != due.epoch:
+            return _Done(step, None, "")
+        verify(directory)
+        logger.info("Epoch %d has a checkpoint (%s) and lacks files that are made from it.", due.epoch, directory)
+        files = EpochFiles(due.epoch, numbered, latest, due.delete_epoch if numbered else None)
+        return _Done(step, None, self._export(directory, files))
 
     def _export(self, directory: Path, files: EpochFiles | None) -> str:
         """Writes epoch files from a checkpoint on the disk; returns what went wrong. Does not touch the live state."""
