@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tiny_clip import TinyClip, tiny_batch, tiny_clip
 from training.config import OptimConfig
@@ -114,6 +115,60 @@ def test_a_step_with_found_inf_changes_nothing_whatever_the_gradients_are(opt, g
         torch.testing.assert_close(found_state, state, rtol=0, atol=0)
     assert all(entry["step"] == good_steps_before for entry in found_state.values())
     assert all(not entry[name].isnan().any() for entry in found_state.values() for name in ("exp_avg", "exp_avg_sq"))
+
+
+_VIEWS = (torch.ops.aten.view, torch.ops.aten.detach, torch.ops.aten.unbind)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that the host asks for; views are not on the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket not in _VIEWS
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_number_of_operations_does_not_grow_with_the_number_of_tensors():
+    counts = []
+    for tensors in (3, 300):
+        parameters = [nn.Parameter(torch.ones(4)) for _ in range(tensors)]
+        optimizer = StableAdamW(parameters, lr=0.1)
+        run(optimizer, [[torch.ones(4)] * tensors])
+        optimizer.found_inf = torch.tensor(0.0)
+        with Calls() as calls:
+            optimizer.step()
+        counts.append(calls.count)
+    assert counts[0] == counts[1] < 60
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_a_skipped_step_are_zero_afterwards_and_others_keep_their_bits(dtype):
+    values = torch.tensor([float("nan"), float("-inf"), -0.0, -1.5, 3e-5], dtype=dtype)
+    for found_inf in (0.0, 1.0):
+        parameter = nn.Parameter(torch.ones(2, 5, dtype=dtype))
+        parameter.grad = torch.stack([values, values]).T.contiguous().T  # not in the order of memory
+        optimizer = StableAdamW([parameter])
+        optimizer.found_inf = torch.tensor(found_inf)
+        optimizer.step()
+        expected = torch.zeros_like(values) if found_inf else values
+        torch.testing.assert_close(parameter.grad[1], expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_tensors_with_counters_of_their_own_have_their_own_bias_correction():
+    """One that was frozen at first; its first update is as large as a first update is."""
+    late, early = (nn.Parameter(torch.zeros(4)) for _ in range(2))
+    optimizer = StableAdamW([early, late], lr=0.1, weight_decay=0.0)
+    for _ in range(5):
+        early.grad = torch.ones(4)
+        optimizer.step()
+    late.grad = torch.ones(4)
+    optimizer.step()
+    torch.testing.assert_close(late.detach(), torch.full((4,), -0.1), rtol=1e-5, atol=0)
+    assert [optimizer.state[parameter]["step"].item() for parameter in (early, late)] == [6, 1]
 
 
 def test_found_inf_of_zero_is_an_ordinary_step():

@@ -24,6 +24,8 @@ from torch import Tensor
 
 _CHUNK_ELEMENTS = 32 * 2**20
 """Tensors are updated together up to this many elements: it bounds the memory for intermediate values (256 MiB)."""
+_INTEGERS = {2: torch.int16, 4: torch.int32}
+"""By size of an element."""
 
 
 class StableAdamW(torch.optim.Optimizer):
@@ -79,10 +81,13 @@ class StableAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        keeps: dict[torch.device, Tensor] = {}
         for group in self.param_groups:
             for chunk in self._chunks(group):
-                keep = None if found_inf is None else 1 - found_inf.to(chunk.parameters[0].device, torch.float32)
-                rms = _update(chunk, group, keep=keep, grad_scale=grad_scale)
+                device = chunk.parameters[0].device
+                if found_inf is not None and device not in keeps:
+                    keeps[device] = 1 - found_inf.to(device, torch.float32)
+                rms = _update(chunk, group, keep=keeps.get(device), grad_scale=grad_scale)
                 self._update_rms.update(zip(chunk.parameters, rms, strict=True))
         return loss
 
@@ -138,6 +143,10 @@ def _update(
 ) -> tuple[Tensor, ...]:
     """Updates in place; returns RMS_t of each tensor.
 
+    What is one number per tensor (step, RMS_t, rate) is computed for all T tensors of the chunk as one vector: a kernel
+    each would cost more than the update itself. Only where such numbers meet their tensors (three times below) the
+    device gets one kernel per tensor, for want of a foreach operation; all other operations take a list in a few.
+
     Args:
         keep: 0-D; 0 turns every factor below into one that changes nothing, exactly.
     """
@@ -150,17 +159,15 @@ def _update(
         torch._foreach_mul_(exp_avgs, beta1)
         torch._foreach_mul_(exp_avg_sqs, beta2)
     else:
-        for gradient in gradients:
-            gradient.masked_fill_(keep == 0, 0)  # times zero would not do: it leaves NaN what it was
+        _zero_unless(keep, gradients)
         torch._foreach_add_(steps, [keep] * len(steps))  # a list: a single tensor would be read as a number
         torch._foreach_mul_(exp_avgs, 1 - (1 - beta1) * keep)
         torch._foreach_mul_(exp_avg_sqs, 1 - (1 - beta2) * keep)
     torch._foreach_add_(exp_avgs, gradients, alpha=1 - beta1)
     torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, value=1 - beta2)
 
-    corrections1 = [bias_correction(step, beta1) for step in steps]
-    corrections2 = [bias_correction(step, beta2) for step in steps]
-    roots = torch._foreach_div(exp_avg_sqs, corrections2)
+    step = torch.stack(steps)  # [T]
+    roots = torch._foreach_div(exp_avg_sqs, bias_correction(step, beta2).unbind())  # one kernel per tensor
     torch._foreach_sqrt_(roots)
     ratios = torch._foreach_clamp_min(roots, eps)
     torch._foreach_reciprocal_(ratios)
@@ -168,23 +175,23 @@ def _update(
     rms = torch._foreach_norm(ratios, dtype=torch.float32)
     torch._foreach_div_(rms, [max(1, parameter.numel()) ** 0.5 for parameter in parameters])
 
-    # eta_t of each tensor, 0-D.
-    rates = torch._foreach_clamp_min(rms, 1.0)
-    torch._foreach_reciprocal_(rates)
-    torch._foreach_mul_(rates, group["lr"])
+    rate = torch.stack(rms).clamp_min(1.0).reciprocal() * group["lr"]  # eta_t, [T]
     if keep is not None:
-        torch._foreach_mul_(rates, keep)
+        rate *= keep
     if group["weight_decay"]:
-        decays = torch._foreach_mul(rates, -group["weight_decay"])
-        torch._foreach_add_(decays, 1.0)
-        torch._foreach_mul_(parameters, decays)
+        torch._foreach_mul_(parameters, (1 - group["weight_decay"] * rate).unbind())  # one kernel per tensor
     torch._foreach_add_(roots, eps)
     torch._foreach_copy_(ratios, exp_avgs)
     torch._foreach_div_(ratios, roots)
-    torch._foreach_div_(rates, corrections1)
-    torch._foreach_mul_(ratios, rates)
+    torch._foreach_mul_(ratios, (rate / bias_correction(step, beta1)).unbind())  # one kernel per tensor
     torch._foreach_sub_(parameters, ratios)
     return rms
+
+
+def _zero_unless(keep: Tensor, gradients: list[Tensor]) -> None:
+    """With ``keep`` 0, zeroes in place of whatever they are: their bits times 0, for NaN times 0 is NaN."""
+    integers = _INTEGERS[gradients[0].element_size()]
+    torch._foreach_mul_([gradient.view(integers) for gradient in gradients], keep.to(integers))
 
 
 def bias_correction(step: Tensor, beta: float) -> Tensor:
