@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from torch import Tensor
 from models.factory import create_model
 from tests.models.tiny import write_model_file
 from training.checkpoint.checkpointer import Checkpointer, StepCheckpoint
+from training.checkpoint.mirror import Mirror
+from training.checkpoint.mirror_store import open_store
 from training.checkpoint.tags import Tags
 from training.commands.main import main
 
@@ -218,6 +222,64 @@ def test_a_mirror_that_is_not_complete_is_said_so(run: Path, clipyard: Command, 
     assert "not complete: files that could not be read here were left out" in err
 
 
+_OWNER = """
+import sys
+from pathlib import Path
+from training.resilience.lease import claim_lease
+claim_lease(Path(sys.argv[1]) / "leases", take_over=False)
+print("owner", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def owner(run: Path) -> Iterator[subprocess.Popen[str]]:
+    """The process that trains the run."""
+    command = [sys.executable, "-c", _OWNER, str(run)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "owner\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_run_that_goes_on_keeps_its_own_mirror(
+    run: Path, owner: subprocess.Popen[str], clipyard: Command, tmp_path: Path
+) -> None:
+    own = Mirror(run, open_store(f"file://{tmp_path}/away/run"))
+    own.check(continues=True)
+    code, _, err = clipyard("mirror", run, f"file://{tmp_path}/away/run")
+    assert code == 2
+    assert f"is in use by process {owner.pid}" in err
+    assert own.upload_once()
+    owner.communicate("")
+    assert clipyard("mirror", run / "checkpoints", f"file://{tmp_path}/away/run")[0] == 0
+
+
+def test_a_run_whose_end_cannot_be_seen_is_mirrored_when_told_so(run: Path, clipyard: Command, tmp_path: Path) -> None:
+    (run / "leases").mkdir()
+    (run / "leases" / "00000001.json").write_text("{")
+    url = f"file://{tmp_path}/away/run"
+    assert "whose lease" in clipyard("mirror", run, url)[2]
+    assert clipyard("mirror", run, url, "--take-over")[0] == 0
+
+
+def test_mirroring_by_hand_deletes_nothing(run: Path, clipyard: Command, tmp_path: Path) -> None:
+    away = tmp_path / "away" / "run"
+    unfinished = away / "checkpoints" / "step_00000005" / "model.safetensors"
+    unfinished.parent.mkdir(parents=True)
+    unfinished.write_bytes(b"of an upload that was killed")
+    (run / "checkpoints" / "epoch_1.pt").write_bytes(b"1")
+    assert clipyard("mirror", run, f"file://{away}")[0] == 0
+    (run / "checkpoints" / "epoch_1.pt").rename(run / "checkpoints" / "epoch_2.pt")
+    Checkpointer(run / "checkpoints")._delete(run / "checkpoints" / "step_00000010")
+    before = {path for path in away.rglob("*") if path.is_file()}
+    for _ in range(2):
+        assert clipyard("mirror", run, f"file://{away}")[0] == 0
+    assert before <= {path for path in away.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -228,6 +290,7 @@ def test_a_mirror_that_is_not_complete_is_said_so(run: Path, clipyard: Command, 
         (["average", "{run}", "{tmp}/x.pt", "--last", "3"], 2, "2 checkpoints are complete and not suspect"),
         (["average", "{run}", "{tmp}/x.pt", "--steps", "10"], 2, "1 checkpoints are no average"),
         (["mirror", "{run}", "{tmp}/x", "--protocol", "s3"], 2, "is no s3://BUCKET/PREFIX"),
+        (["mirror", "file://{run}", "{tmp}/x"], 2, "is a mirror already"),
     ],
 )
 def test_what_cannot_be_done_is_refused(

@@ -79,6 +79,31 @@ def _kill_when_mirrored(line: list[str], url: str) -> int:
     return first
 
 
+def test_a_run_that_went_on_elsewhere_and_comes_back_loses_nothing_there(
+    tmp_path: Path, tiny_model: str, run_here: Run
+) -> None:
+    away = f"file://{tmp_path}/away"
+    mirrored = ("--remote-sync", away, "--remote-sync-protocol", "fsspec", "--save-every-n-steps", "24")
+    more = ("--allow-config-change", "epochs")
+
+    def train_on(machine: str, epochs: int) -> tuple[list[int], list[int]]:
+        logs = str(tmp_path / machine)
+        line = _line(tmp_path, tiny_model, "run", *mirrored, "--logs", logs, "--epochs", str(epochs), *more)
+        outcome = run_here(line)
+        assert outcome.code == 0, outcome.text
+        there = tmp_path / "away" / "run"
+        starts = [json.loads(text)["step"] for text in (there / "starts.jsonl").read_text().splitlines()]
+        metrics = [json.loads(text) for text in (there / "metrics.jsonl").read_text().splitlines()]
+        return starts, [line["step"] for line in metrics if "train/loss" in line]
+
+    assert train_on("a", 1) == ([0], list(range(24)))
+    assert train_on("b", 2) == ([0, 24], list(range(48)))
+    assert train_on("a", 3) == ([0, 24, 48], list(range(72)))
+    (aside,) = (tmp_path / "a" / "run" / "superseded").glob("*/starts.jsonl")
+    assert len(aside.read_text().splitlines()) == 1
+    assert _mirrored_steps(f"{away}/run")[-1] == 72
+
+
 def test_a_new_run_starts_from_the_url_of_another(tmp_path: Path, tiny_model: str, run_here: Run) -> None:
     away = f"file://{tmp_path}/away"
     mirrored = ("--remote-sync", away, "--remote-sync-protocol", "fsspec", "--epochs", "1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from training.resilience.lease import Lease, LeaseLost, claim_lease
+from training.resilience.lease import Lease, LeaseLost, claim_lease, find_owner
 
 CLAIM = (
     "import sys, time; from pathlib import Path; from training.resilience.lease import claim_lease\n"
@@ -99,6 +100,29 @@ def test_a_killed_owner_is_followed_at_once(leases, owned):
 def test_a_process_that_has_its_number_by_now_is_not_the_owner(leases, owned):
     rewrite(leases, started="1")
     assert claim_lease(leases, take_over=False).generation == 2
+
+
+def test_whoever_asks_for_the_owner_changes_nothing(leases, owned):
+    before = sorted(leases.iterdir())
+    assert re.fullmatch(rf"process {owned.pid} on .*", find_owner(leases) or "")
+    owned.kill()
+    owned.wait()
+    assert find_owner(leases) is None
+    elsewhere(leases)
+    assert "on node7" in (find_owner(leases) or "")
+    assert sorted(leases.iterdir()) == before
+
+
+def test_a_run_that_was_released_or_never_claimed_has_no_owner(leases):
+    assert find_owner(leases) is None
+    leases.mkdir(parents=True)
+    assert find_owner(leases) is None
+    lease = claim_lease(leases, take_over=False)
+    elsewhere(leases)
+    lease.release()
+    assert find_owner(leases) is None
+    (leases / "00000002.json").write_text("{")
+    assert "cannot be read" in (find_owner(leases) or "")
 
 
 def test_take_over_fences_the_owner_off(leases, owned, caplog):

@@ -37,9 +37,10 @@ from training.checkpoint.parts import parts_of
 from training.checkpoint.tags import Tags
 from training.commands.checkpoint_output import write_torch, write_weights
 from training.data.storage_errors import StorageError
+from training.resilience.lease import find_owner
 
 HEADER = ("step", "epoch", "samples", "size", "age", "format", "start", "tags", "state")
-_NEVER = 10**9
+LEASES = "leases"
 
 
 class Checkpoints(Protocol):
@@ -330,10 +331,23 @@ def _open_all(checkpoints: Checkpoints, steps: Sequence[int]) -> Iterator[list[W
 
 
 def mirror_run(arguments: argparse.Namespace) -> int:
-    """Uploads what is not there yet, once; deletes nothing."""
-    run = Path(arguments.run)
+    """Uploads what is not there yet, once; deletes nothing.
+
+    Raises:
+        ValueError: the run goes on. Its own mirror would stop, since two of them do not share a place.
+    """
     open_checkpoints(arguments.run)
-    mirror = Mirror(run, open_store(arguments.url, protocol=arguments.protocol), keep=_NEVER)
+    if "://" in arguments.run:
+        raise ValueError(f"{arguments.run} is a mirror already: pass the directory of a run")
+    given = Path(arguments.run)
+    run = given if (given / CHECKPOINTS).is_dir() else given.resolve().parent
+    owner = find_owner(run / LEASES)
+    if owner is not None and not arguments.take_over:
+        raise ValueError(
+            f"{run} is in use by {owner}: train with --remote-sync, or wait until the run has ended. If it certainly "
+            "has, and this machine cannot see that, pass --take-over."
+        )
+    mirror = Mirror(run, open_store(arguments.url, protocol=arguments.protocol), deletes=False)
     mirror.check(continues=True)
     complete = mirror.upload_once(final=True)
     status = mirror.status
@@ -370,6 +384,9 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--last", type=int, help="the newest K that are whole and not suspect")
     mirroring = add("mirror", mirror_run, "upload what --remote-sync has not; deletes nothing")
     mirroring.add_argument("url", metavar="URL", help="URL/NAME: --remote-sync joined with the run's name")
+    mirroring.add_argument(
+        "--take-over", action="store_true", help="the run has ended, although this machine cannot see that"
+    )
     mirroring.add_argument("--protocol", choices=("s3", "fsspec"), help="default: s3 for s3://, else fsspec")
     return parser
 

@@ -99,15 +99,36 @@ def claim_lease(directory: Path, *, take_over: bool, environment: Mapping[str, s
         ) from error
 
 
+def find_owner(directory: Path, *, environment: Mapping[str, str] = os.environ) -> str | None:
+    """Who may be writing to the run now, in words; None if nobody is. Only looks.
+
+    Raises:
+        OSError: the leases cannot be read.
+    """
+    try:
+        generation = max(_generations(directory), default=0)
+    except FileNotFoundError:
+        return None
+    path = _path(directory, generation)
+    if not generation or path.with_suffix(".released").exists():
+        return None
+    reason, who = _what_became_of_owner(path, me=this_process(environment))
+    return who if reason is None else None
+
+
+def _what_became_of_owner(path: Path, *, me: Owner) -> tuple[str | None, str]:
+    """How it is known that the owner has ended, None if it is not, and who it is."""
+    owner = _read(path)
+    if owner is None:
+        return None, f"somebody whose lease {path} cannot be read"
+    return why_ended(owner, me=me), owner.describe()
+
+
 def _check_ended(directory: Path, generation: int, *, me: Owner, take_over: bool) -> None:
     path = _path(directory, generation)
     if path.with_suffix(".released").exists():
         return
-    owner = _read(path)
-    if owner is None:
-        reason, who = None, f"somebody whose lease {path} cannot be read"
-    else:
-        reason, who = why_ended(owner, me=me), owner.describe()
+    reason, who = _what_became_of_owner(path, me=me)
     if reason is not None:
         logger.info("The run was left by %s (%s): going on as generation %d.", who, reason, generation + 1)
     elif take_over:
