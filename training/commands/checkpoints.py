@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from training.checkpoint.average import average_weights
-from training.checkpoint.checkpointer import Checkpointer, read_parts, read_train
+from training.checkpoint.checkpointer import Checkpointer, read_parts
 from training.checkpoint.export import epoch_content
 from training.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -29,6 +29,7 @@ from training.checkpoint.manifest import (
     check_size,
     describe,
     read_manifest,
+    read_train,
 )
 from training.checkpoint.mirror import Mirror
 from training.checkpoint.mirror_fetch import CHECKPOINTS, RemoteRun, files_by_step, parse_place, step_prefix
