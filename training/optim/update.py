@@ -8,6 +8,7 @@ is what a run without that batch would have. The host does not learn of it here:
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from training.resilience.guard import StepGuard, StepVerdict
+
+logger = logging.getLogger(__name__)
 
 MAX_LOG_LOGIT_SCALE = math.log(100)
 """The temperature may sharpen logits at most 100 times (Radford et al. 2021, section 2.5)."""
@@ -56,6 +59,12 @@ class Update:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._logit_scale = cast(Tensor, model.logit_scale)
         self._statistics = RunningStatistics(model)
+        if self._guard_acts and not skips_on_device(optimizer):
+            logger.warning(
+                "%s cannot leave out a step that is bad by itself: the host waits for the device at every step to "
+                "learn the verdict. --opt adamw and stableadamw need not, and --guard off does without the verdict.",
+                type(optimizer).__name__,
+            )
 
     def prepare(self) -> None:
         """Remembers what the forward pass changes by itself. Call it before."""
