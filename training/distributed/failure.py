@@ -44,6 +44,8 @@ _ACKNOWLEDGE_S = 3.0
 """How long rank 0, whose process may host the store, stays so that all others can read the record."""
 _ANSWER_S = 2.0
 """How long a rank that ends the job for a hang waits for the store, whose host may be what hangs."""
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.02, 1.0
+"""Between two looks at a counter of the store. At the end a thousand ranks may wait minutes for the last upload."""
 _guards_made = 0
 
 
@@ -207,8 +209,11 @@ class Guard(JobEnd):
         """Until all ranks have counted, or ``count`` of them."""
         enough = self._world_size if count is None else count
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        wait_s = _FIRST_WAIT_S
         while self._store.add(counter, 0) < enough and (deadline is None or time.monotonic() < deadline):
-            time.sleep(0.02)
+            time.sleep(wait_s)
+            # Within a limit of seconds it stays short: whoever has to be gone by then waits for us.
+            wait_s = min(1.5 * wait_s, _LONGEST_WAIT_S if deadline is None else 5 * _FIRST_WAIT_S)
 
     def _end(self, first: Failure, *, store_answers: bool = True) -> NoReturn:
         """Says who was first and ends the process, whatever its main thread is waiting for."""

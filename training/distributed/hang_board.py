@@ -14,6 +14,8 @@ from training.distributed.runtime import Runtime
 from training.distributed.store_calls import answer_within
 
 _ANSWER_S = 3.0
+_READ_S_PER_RANK = 0.005
+"""Added for each rank that has to be asked for by itself: ten times what a store that is busy takes for a request."""
 
 
 class HangBoard:
@@ -48,15 +50,14 @@ class HangBoard:
         store = self._store
         if store is None:
             return dict(self._own)
-        return answer_within(_ANSWER_S, lambda: self._read(store))
+        return answer_within(self._read_s, lambda: self._read(store))
 
     def left(self) -> set[int]:
         """Ranks that are watched no more."""
         store = self._store
         if store is None:
             return set()
-        ranks = range(self._world_size)
-        return answer_within(_ANSWER_S, lambda: {rank for rank in ranks if store.check([f"left/{rank}"])})
+        return answer_within(self._read_s, lambda: self._find(store, "left", count=store.add("leavers", 0)))
 
     def leave(self) -> None:
         """This rank is watched no more: from now on its silence says nothing."""
@@ -64,10 +65,31 @@ class HangBoard:
         if store is not None:
             with contextlib.suppress(RuntimeError):  # the job is ending by other means
                 answer_within(_ANSWER_S, lambda: store.set(f"left/{self._rank}", "1"))
+                answer_within(_ANSWER_S, lambda: store.add("leavers", 1))
+
+    @property
+    def _read_s(self) -> float:
+        """For a big world it is longer: its store is not silent because it has much to say."""
+        return _ANSWER_S + self._world_size * _READ_S_PER_RANK
 
     def _read(self, store: PrefixStore) -> dict[int, str]:
-        if store.add("seats", 0) < self._world_size:
-            ranks = [rank for rank in range(self._world_size) if store.check([f"note/{rank}"])]
-        else:
-            ranks = list(range(self._world_size))
-        return {rank: store.get(f"note/{rank}").decode() for rank in ranks}
+        ranks = sorted(self._find(store, "note", count=store.add("seats", 0)))
+        notes = store.multi_get([f"note/{rank}" for rank in ranks]) if ranks else []  # one request
+        return {rank: note.decode() for rank, note in zip(ranks, notes, strict=True)}
+
+    def _find(self, store: PrefixStore, kind: str, *, count: int) -> set[int]:
+        """The ranks with a key of this kind, of which there are at least ``count``."""
+        ranks = range(self._world_size)
+        if count == 0:
+            return set()
+        return set(ranks) if count >= self._world_size else _find_within(store, kind, ranks)
+
+
+def _find_within(store: PrefixStore, kind: str, ranks: range) -> set[int]:
+    """By halves: few requests where few are missing, which is what a hang looks like; twice the ranks at worst."""
+    if store.check([f"{kind}/{rank}" for rank in ranks]):
+        return set(ranks)
+    if len(ranks) == 1:
+        return set()
+    middle = len(ranks) // 2
+    return _find_within(store, kind, ranks[:middle]) | _find_within(store, kind, ranks[middle:])
