@@ -52,6 +52,7 @@ from training.observability.reporter import Reporter
 from training.observability.sinks import evaluated_epochs
 from training.observability.telemetry import Telemetry
 from training.optim.optimizer import build_optimizer
+from training.optim.stable_adamw import StableAdamW
 from training.plan import TrainPlan
 from training.precision import Precision, build_precision, cast_parameters
 from training.resilience.escalation import Escalation
@@ -213,7 +214,7 @@ def _build_training(
         world_size=runtime.world_size,
         all_reduce_sum=all_reduce_sum,
     )
-    escalation = Escalation(config.resilience)
+    escalation = Escalation(config.resilience, clips_updates=isinstance(optimizer, StableAdamW))
     parts = RunParts(
         built.model, optimizer, precision.grad_scaler(), loader, TrainState(), guard=guard, escalation=escalation
     )

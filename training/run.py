@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from models.clip import Clip
 from training.checkpoint.branch import BranchPoint, find_branch_point, has_own_checkpoint
+from training.checkpoint.checkpointer import Checkpointer
 from training.checkpoint.mirror import Mirror
 from training.checkpoint.mirror_run import bring_back, fetch_resume, is_remote_run, open_mirror
 from training.checkpoint.run_state import find_resume_path
@@ -98,6 +99,8 @@ def _claim(paths: RunPaths, config: Config) -> Claim:
     claim_run_directory(paths, config=config)
     lease = claim_lease(paths.leases, take_over=config.resilience.take_over)
     try:
+        # First of all: what a killed save has left may fill the disk, and holds what an exchange had put aside.
+        Checkpointer(paths.checkpoints, generation=lease.generation).clean_up()
         after_signal = remove_sentinels(paths.root)
         notices = bring_back(config.checkpoint, run=paths.root, name=paths.root.name, generation=lease.generation)
     except BaseException:

@@ -35,7 +35,7 @@ from training.optim.optimizer import set_beta2
 from training.resilience.delayed import LAG, DelayedVitals
 from training.resilience.escalation import Action, Escalation, Rewind, Skipped, Stop
 from training.resilience.exit_codes import DO_NOT_REQUEUE, NODE_SUSPECTED
-from training.resilience.guard import VITALS, Request, StepGuard, Vitals
+from training.resilience.guard import STATISTICS, VITALS, Request, StepGuard, Vitals
 from training.resilience.preemption import Preemption
 from training.resilience.replicas import checksum_names, differing_ranks, differing_tensors, replica_checksum
 from training.resilience.sentinel import write_sentinel
@@ -317,13 +317,14 @@ class Supervisor:
         if self._runtime.world_size == 1:
             return None
         model, optimizer = self._parts.model, self._parts.optimizer
-        checksums = gather_objects(replica_checksum(model, optimizer).tolist())  # collective: all ranks, host sync
+        own = torch.cat([replica_checksum(model, optimizer), self._watch.guard.statistics()])
+        checksums = gather_objects(own.tolist())  # collective: all ranks, host sync
         ranks = differing_ranks(checksums)
         step = self._parts.state.step
         if not ranks:
             self._equal_until = step
             return None
-        tensors = differing_tensors(checksums, checksum_names(model, optimizer))
+        tensors = differing_tensors(checksums, [*checksum_names(model, optimizer), *STATISTICS])
         since = self._equal_until
         message = (
             f"step {step}: the parameters of rank {', '.join(map(str, ranks))} differ from the others' in "

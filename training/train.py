@@ -57,6 +57,9 @@ def train(
     if supervisor.asked_to_stop():
         supervisor.end_by_signal(epoch=(state.step + ahead) // plan.steps_per_epoch)
         return False
+    epoch, place_in_epoch = divmod(state.step + ahead, plan.steps_per_epoch)
+    if saver is not None and place_in_epoch == 0:
+        saver.export_owed(epoch)
     owed = _owed_evaluation(plan, state.step + ahead, evaluated=evaluated, runtime=runtime)
     if owed is not None:
         _evaluate(owed, state.step, evaluate=evaluate, saver=saver, supervisor=supervisor, reporter=reporter)

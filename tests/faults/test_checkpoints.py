@@ -193,6 +193,7 @@ def _huge_header(directory: Path, harm: Harm) -> str:
 def _traversal(directory: Path, harm: Harm) -> str:
     step = directory / "step_00000006"
     shutil.copytree(sorted(directory.glob("run/checkpoints/step_*"))[-1], step)
+    _sign_again(step)
     manifest = json.loads((step / "MANIFEST.json").read_text())
     manifest["files"]["../../../etc/passwd"] = {"size": 1, "sha256": "0" * 64}
     (step / "MANIFEST.json").write_text(json.dumps(manifest))
@@ -228,12 +229,20 @@ def test_a_reader_that_unpickles_everything_runs_the_code(lab: Lab) -> None:
 
 
 def _sign_again(step: Path) -> None:
-    """A manifest that fits the changed files."""
+    """A manifest that fits the changed files, and the directory's name."""
+    train = json.loads((step / "train.json").read_text())
+    (step / "train.json").write_text(json.dumps(train | {"step": _step_of(step)}))
     manifest = json.loads((step / "MANIFEST.json").read_text())
+    manifest["step"] = _step_of(step)
+    manifest.pop("sha256", None)
     for name in manifest["files"]:
         data = (step / name).read_bytes()
         manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (step / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+def _step_of(directory: Path) -> int:
+    return int(directory.name.removeprefix("step_"))
 
 
 def _content(directory: Path) -> dict[str, bytes]:

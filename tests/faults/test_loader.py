@@ -72,7 +72,6 @@ def _png(side: int) -> bytes:
 NO_MEMORY = Fault("step", "limit_worker_memory", rank=1, step=2, with_={"size": -(1 << 26)})
 
 
-@pytest.mark.xfail(reason="decode_image takes a MemoryError for a broken image", strict=False)
 def test_a_worker_that_may_take_no_more_memory_is_replaced(lab: Lab, large_images: str) -> None:
     """Row 17: no deadlock, and no sample is left out."""
     flags = [*WORKERS, "--train-data", large_images, "--train-num-samples", "96"]
@@ -82,7 +81,6 @@ def test_a_worker_that_may_take_no_more_memory_is_replaced(lab: Lab, large_image
     compare(lab.record("undisturbed"), lab.record("r"))
 
 
-@pytest.mark.xfail(reason="decode_image takes a MemoryError for a broken image", strict=False)
 def test_without_another_worker_a_lack_of_memory_ends_the_run(lab: Lab, large_images: str) -> None:
     """Negative control of row 17."""
     never = Fault("new_workers", "fail", rank=1, call=1, with_={"text": "no further worker"})

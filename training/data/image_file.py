@@ -91,7 +91,7 @@ def decode_image(data: bytes, *, max_pixels: int = 0) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
             check_size(image.width, image.height, max_pixels=max_pixels)
             return image.convert("RGB")
-    except UnusableSample:
+    except (UnusableSample, MemoryError):  # a machine without memory says nothing about the image
         raise
     except Exception as error:  # Pillow's plugins raise a dozen types for damaged files, SyntaxError among them
         raise UnusableSample("broken_image") from error

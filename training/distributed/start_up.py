@@ -16,8 +16,12 @@ class _Outcome(NamedTuple, Generic[Result]):
 
     result: Result | None
     fault: str
+    trouble: RuntimeError | None = None
+    """What the environment is to blame for; its type may carry an exit code."""
 
     def value(self) -> Result:
+        if self.trouble is not None:
+            raise self.trouble
         if self.fault:
             raise ValueError(self.fault)
         return cast(Result, self.result)
@@ -27,7 +31,7 @@ def on_first_rank(work: Callable[[], Result], *, rank: int) -> Result:
     """Rank 0 does the work (scanning a shared file system, say), all ranks get its result. Collective: all ranks.
 
     Raises:
-        ValueError: what the work raised, on every rank.
+        ValueError, RuntimeError: what the work raised, on every rank.
     """
     outcome: _Outcome[Result] = _attempt(work) if rank == 0 else _Outcome(None, "")
     return broadcast_object(outcome).value()  # collective: all ranks
@@ -49,3 +53,5 @@ def _attempt(work: Callable[[], Result]) -> _Outcome[Result]:
         return _Outcome(work(), "")
     except (ValueError, OSError) as error:
         return _Outcome(None, str(error) or repr(error))
+    except RuntimeError as error:
+        return _Outcome(None, "", error)
