@@ -60,7 +60,7 @@ def _train_with_open_clip(directory: Path, *, world_size: int) -> Path:
         subprocess.Popen(command, env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world_size)
     ]
-    assert [rank.wait(timeout=100) for rank in ranks] == [0] * world_size
+    assert [rank.wait(timeout=240) for rank in ranks] == [0] * world_size
     return directory / "logs/r/checkpoints"
 
 
