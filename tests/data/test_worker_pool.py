@@ -199,7 +199,7 @@ from tests.data.stream_simulation import Job
 batches = iter(loader)
 import threading
 threading.Thread(target=lambda: next(batches), daemon=True).start()
-time.sleep(4)
+time.sleep(15)
 print("ready", flush=True)
 time.sleep(60)
 """
