@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import training.run
 from tests.checkpoint.upload_server import UploadBucket, UploadServer
 from tests.end_to_end.conftest import Outcome, start_ranks
 from tests.end_to_end.test_resume import _line, _losses, _weights
@@ -20,10 +19,6 @@ from training.checkpoint.mirror_fetch import RemoteRun
 from training.checkpoint.mirror_store import open_store
 
 Run = Callable[[Sequence[str]], Outcome]
-
-pytestmark = pytest.mark.xfail(
-    not hasattr(training.run, "start_mirror"), reason="--remote-sync is not connected to the run", run=False
-)
 
 
 @pytest.fixture

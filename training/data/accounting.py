@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from training.data.storage_errors import COUNTERS as STORAGE_COUNTERS
+from training.resilience.exit_codes import BAD_DATA
 
 UNUSABLE_REASONS = (
     "no_image",
@@ -45,10 +46,8 @@ _SHOWN_SHARDS = 5
 class DataBudgetExceeded(SystemExit):
     """More of the data is unusable than ``--max-bad-samples`` allows; the exit code says: do not start again."""
 
-    EXIT_CODE = 94
-
     def __init__(self, message: str) -> None:
-        super().__init__(self.EXIT_CODE)
+        super().__init__(BAD_DATA)
         self.message = message
 
     def __str__(self) -> str:
