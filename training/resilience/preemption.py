@@ -128,8 +128,8 @@ def _leave_signals_to_parent() -> None:
         _listening.clear()
         signal.set_wakeup_fd(-1)
         for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how multiprocessing ends its processes
+            # TERM is how multiprocessing ends its processes; ignoring it even for a moment would drop one that waits.
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     _go_on_after_fork()
 
 
