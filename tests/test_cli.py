@@ -114,8 +114,9 @@ EVERYTHING = r"""
 --wd 0 --momentum 0.9 --opt-kwargs fused=True name=word text="'7'" betas=(0.1,0.2) nested={'a':[1,2]}
 --wd-exclude '*.bias' 'x?' --grad-clip-norm 1 --epochs 3 --epochs-cooldown 1 --warmup 0 --skip-scheduler
 --lr-scheduler const-cooldown --lr-cooldown-end 1e-6 --lr-cooldown-power 2 --device cpu --dist-url tcp://h:1
---dist-backend gloo --no-set-device-rank --ddp-static-graph --use-bn-sync --precision fp32 --accum-freq 2
---grad-checkpointing --torchcompile --torchcompile-strategy step --torchcompile-backend eager
+--dist-backend gloo --slurm-host-suffix i --no-set-device-rank --ddp-static-graph --use-bn-sync --precision fp32
+--fsdp --fsdp-shard-ranks 4 --fsdp-no-reshard-after-forward --fsdp-offload-cpu --fsdp-checkpoint sharded
+--accum-freq 2 --grad-checkpointing --torchcompile --torchcompile-strategy step --torchcompile-backend eager
 --torchcompile-mode reduce-overhead --seed 7 --resume=-odd/path.pt --save-frequency 0 --save-most-recent
 --save-every-n-steps 9 --keep-checkpoints 3 --delete-previous-checkpoint --imagenet-val in --imagenet-v2 v2
 --zeroshot-data z --retrieval-data r --zeroshot-frequency 0 --val-frequency 0 --val-retrieval-chunk-size 0

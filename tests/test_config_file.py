@@ -78,7 +78,6 @@ def test_null_is_allowed_where_it_is_the_default(read):
         ("- lr", "its top level must be `flag: value` lines"),
         ("lr: {", "run.yaml is not a file of flags: while parsing"),
         ("horovod: true", "--horovod is refused"),
-        ("fsdp-checkpoint: sharded", "--fsdp-checkpoint sharded is refused"),
         ("remote-sync-frequency: null", "remote-sync-frequency has no value"),
     ],
 )

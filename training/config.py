@@ -132,9 +132,19 @@ class EngineConfig:
     device: str = "cuda"
     dist_url: str | None = None
     dist_backend: str | None = None
+    slurm_host_suffix: str = "auto"
+    """What is added to the first host's name under srun without MASTER_ADDR; ``auto`` knows the JSC machines."""
     no_set_device_rank: bool = False
     ddp_static_graph: bool = False
     use_bn_sync: bool = False
+    fsdp: bool = False
+    """Each rank keeps a shard of weights, gradients and optimizer state instead of a copy."""
+    fsdp_shard_ranks: int = 0
+    """Neighbouring ranks that share one copy of the state (HSDP); 0 is all ranks."""
+    fsdp_no_reshard_after_forward: bool = False
+    fsdp_offload_cpu: bool = False
+    fsdp_checkpoint: str = "full"
+    """``full`` also writes ``epoch_N.pt``; step checkpoints are sharded either way."""
     precision: str = "amp_bf16"
     accum_freq: int = 1
     grad_checkpointing: bool = False

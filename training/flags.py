@@ -82,7 +82,6 @@ _NO_NAFLEX = (
     "images of variable size are not part of this program. Use --force-image-size for another fixed size, "
     "and --force-patch-dropout to compute fewer tokens"
 )
-_NO_FSDP = "parameters are not sharded yet. Use DDP (no flag needed) with --grad-checkpointing to save memory"
 _NO_DISTILLATION = "there is no distillation loss. Use --pretrained or --pretrained-image to start from other weights"
 _NO_COCA = "only CoCa models use it, and those are refused by name"
 _NO_LAYER_DECAY = "learning rates per layer are not supported. Use --lock-image or --lock-text with unlocked groups"
@@ -268,6 +267,12 @@ FLAGS: tuple[Flag, ...] = (
     _on("device", "text", "cuda, cpu or another accelerator; cuda falls back to cpu with a warning."),
     _on("dist-url", "text", "Where processes meet; env:// unless given."),
     _on("dist-backend", "text", "Backend of the process group; nccl on cuda and gloo on cpu unless given."),
+    _on(
+        "slurm-host-suffix",
+        "text",
+        "Added to the first host's name under srun without MASTER_ADDR; auto: i on the JSC machines, else nothing.",
+        origin="Clipyard",
+    ),
     _on("no-set-device-rank", "switch", "Do not choose the device by local rank (one visible device per process)."),
     _on("ddp-static-graph", "switch", "Tell DDP that the graph never changes."),
     _on("use-bn-sync", "switch", "Batch norm statistics over all ranks."),
@@ -295,10 +300,27 @@ FLAGS: tuple[Flag, ...] = (
     _refused(
         "trace", "switch", False, "tracing is not supported. Use --torchcompile, or leave out --train-data to evaluate"
     ),
-    _refused("fsdp", "switch", False, _NO_FSDP, origin="HEAD"),
-    _refused("fsdp-no-reshard-after-forward", "switch", False, _NO_FSDP, origin="HEAD"),
-    _refused("fsdp-offload-cpu", "switch", False, _NO_FSDP, origin="HEAD"),
-    _refused("fsdp-checkpoint", "text", "full", _NO_FSDP, origin="HEAD", choices=("full", "sharded")),
+    _on("fsdp", "switch", "Shard weights, gradients and optimizer state over the ranks (FSDP2).", origin="HEAD"),
+    _on(
+        "fsdp-shard-ranks",
+        "integer",
+        "Neighbouring ranks that share one copy, such as those of a node (HSDP); 0: all ranks.",
+        origin="Clipyard",
+    ),
+    _on(
+        "fsdp-no-reshard-after-forward",
+        "switch",
+        "Keep a block's weights gathered until its backward pass: more memory, less communication.",
+        origin="HEAD",
+    ),
+    _on("fsdp-offload-cpu", "switch", "Keep shards and the optimizer in host memory.", origin="HEAD"),
+    _on(
+        "fsdp-checkpoint",
+        "text",
+        "full: also write epoch_N.pt; sharded: step checkpoints only.",
+        origin="HEAD",
+        choices=("full", "sharded"),
+    ),
     # checkpoint
     _on("resume", "text", "latest, or a checkpoint to continue from (ours or OpenCLIP's)."),
     _on("save-frequency", "integer", "Epochs between epoch_N.pt files; 0 writes the last one only."),

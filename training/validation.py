@@ -88,6 +88,7 @@ _RANGES: Mapping[str, _Range] = {
     "lr_cooldown_end": _NOT_NEGATIVE,
     "lr_cooldown_power": _POSITIVE,
     "accum_freq": _ONE_OR_MORE,
+    "fsdp_shard_ranks": _NOT_NEGATIVE,
     "seed": _NOT_NEGATIVE,
     "save_frequency": _NOT_NEGATIVE,
     "save_every_n_steps": _NOT_NEGATIVE,
