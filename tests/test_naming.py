@@ -28,6 +28,7 @@ def start_run(line: str, *, date: datetime) -> RunPaths:
     paths = run_paths(config, name=choose_run_name(config, date=date))
     claim_run_directory(paths, config=config)
     paths.out_log.touch()
+    paths.params_txt.touch()
     paths.config_yaml.write_text(to_yaml(config))
     return paths
 
@@ -91,10 +92,16 @@ def test_a_directory_that_only_holds_the_schedulers_output_is_free(tmp_path):
     assert start_run(f"--logs {tmp_path} --name n", date=DATE).checkpoints.is_dir()
 
 
+def test_a_start_that_was_refused_leaves_a_log_and_takes_no_name(tmp_path):
+    paths = start_run(f"--logs {tmp_path} --name n", date=DATE)
+    paths.params_txt.unlink()
+    start_run(f"--logs {tmp_path} --name n", date=DATE)
+
+
 @pytest.mark.parametrize("resume", ["", "--resume some/epoch_1.pt"])
 def test_a_taken_name_is_refused_without_resume_latest(tmp_path, resume):
     start_run(f"--logs {tmp_path} --name n", date=DATE)
-    with pytest.raises(ValueError, match=r"a run of the name n exists already \(.*out\.log\): pass --resume latest"):
+    with pytest.raises(ValueError, match=r"a run of the name n exists already \(.*params\.txt\): pass --resume latest"):
         start_run(f"--logs {tmp_path} --name n {resume}", date=DATE)
 
 

@@ -108,9 +108,10 @@ def claim_run_directory(paths: RunPaths, *, config: Config) -> None:
     Raises:
         ValueError: the name is taken by another run, or nothing can be written there.
     """
-    # Checkpoints alone are a run as well: starting anew beside them would replace them one by one.
+    # Checkpoints alone are a run as well: starting anew beside them would replace them one by one. A log alone is not:
+    # a start that was refused leaves one, and its corrected line must not be refused for that.
     saved = [*paths.checkpoints.glob("step_*"), *paths.checkpoints.glob("epoch_*.pt")]
-    taken = [path for path in (paths.out_log, paths.params_txt, *saved) if path.exists()]
+    taken = [path for path in (paths.params_txt, paths.results_jsonl, *saved) if path.exists()]
     if taken and config.checkpoint.resume != "latest":
         raise ValueError(
             f"a run of the name {paths.root.name} exists already ({taken[0]}): "
