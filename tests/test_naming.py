@@ -82,6 +82,7 @@ def test_claiming_makes_the_directories_that_are_written(tmp_path):
         "checkpoints",
         "config.yaml",
         "out.log",
+        "params.txt",
         "tensorboard",
     ]
 

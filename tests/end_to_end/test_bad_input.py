@@ -119,6 +119,6 @@ def test_every_rank_ends_with_a_non_zero_code(tmp_path: Path, tiny_model: str, m
         argv += ["--train-data", f"{tmp_path}/none/*.tar"]
     else:
         (tmp_path / "logs/r").mkdir(parents=True)
-        (tmp_path / "logs/r/out.log").touch()
+        (tmp_path / "logs/r/params.txt").touch()
     outcomes = run_ranks_to_end(argv, world_size=2, timeout_s=60)
     assert [outcome.code for outcome in outcomes] == [2, 2], outcomes[0].text + outcomes[1].text
