@@ -10,9 +10,11 @@ from torch.nn import functional as F
 
 from training.config import LossConfig
 from training.losses import build_loss, describe_loss
+from training.losses.clip_loss import ClipLoss
 from training.losses.siglip_loss import SiglipLoss
 
 ROWS, EMBEDDING = 24, 10
+TILES = [1, 5 * ROWS, 8 * ROWS, ROWS * ROWS, 10**6]
 
 
 def random_inputs(*, bias: bool, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
@@ -38,9 +40,16 @@ def test_clip_loss_equals_open_clip(bias, local):
     torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("chunk_columns", [5, 8, ROWS, 1000])
-def test_siglip_loss_equals_open_clip_for_any_chunk(chunk_columns):
-    ours = value_and_gradients(SiglipLoss(chunk_columns=chunk_columns), random_inputs(bias=True))
+@pytest.mark.parametrize("tile_elements", TILES)
+def test_clip_loss_equals_open_clip_for_any_tile(tile_elements):
+    ours = value_and_gradients(ClipLoss(tile_elements=tile_elements), random_inputs(bias=False))
+    reference = value_and_gradients(open_clip.loss.ClipLoss(), random_inputs(bias=False))
+    torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("tile_elements", TILES)
+def test_siglip_loss_equals_open_clip_for_any_tile(tile_elements):
+    ours = value_and_gradients(SiglipLoss(tile_elements=tile_elements), random_inputs(bias=True))
     reference = value_and_gradients(open_clip.loss.SigLipLoss(), random_inputs(bias=True))
     torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-14)
 
@@ -77,7 +86,7 @@ def test_an_unknown_siglip_implementation_is_refused():
     ("config", "said"),
     [
         (LossConfig(), "although --gather-with-grad is not given"),
-        (LossConfig(), "--local-loss gives the same gradients"),
+        (LossConfig(), "although --local-loss is not given"),
         (LossConfig(loss_dist_impl="shift"), "--loss-dist-impl has no effect without --siglip"),
         (LossConfig(siglip=True, local_loss=True), "have no effect with --siglip"),
         (LossConfig(siglip=True, loss_dist_impl="bidir"), "bidir: computed as 'gather'"),

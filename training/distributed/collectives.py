@@ -37,6 +37,53 @@ def all_gather_with_grad(rows: Tensor) -> Tensor:
     return cast(Tensor, _AllGatherRows.apply(rows))  # collective: all ranks
 
 
+class GatheredRows:
+    """Rows of all ranks on their way here: other work may be done until ``wait``. Made by ``gather_rows``."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor
+        """[G, ...] in rank order; to be read after ``wait``. It has a gradient: give it once, by ``begin_return``."""
+        self._coming: dist.Work | None = None
+        self._going: tuple[Tensor, dist.Work] | None = None
+
+    def wait(self) -> None:
+        """Returns when the rows may be used: for a GPU, by what is put on its current stream afterwards."""
+        if self._coming is not None:
+            self._coming.wait()
+            self._coming = None
+
+    def begin_return(self, gradient: Tensor) -> None:
+        """Starts to bring each rank the sum of all ranks' gradients for its rows. Call it in the backward pass.
+
+        Args:
+            gradient: [G, ...] with respect to ``rows``; the same tensor is then returned to autograd, and must not
+                be changed any more.
+        """
+        if world_size() > 1:
+            mine = gradient.new_empty((len(gradient) // world_size(), *gradient.shape[1:]))
+            work = dist.reduce_scatter_tensor(mine, gradient, async_op=True)  # collective: all ranks, sum
+            self._going = (mine, cast(dist.Work, work))
+
+
+def gather_rows(rows: Tensor) -> GatheredRows:
+    """Starts to gather rows of all ranks, [B, E] -> [G, E]; B must be equal on all ranks.
+
+    Like ``all_gather_with_grad``, but neither pass waits for the network before it must: the backward pass of ``rows``
+    begins with waiting for what ``begin_return`` has sent.
+    """
+    gathered = GatheredRows()
+    gathered.rows = rows if world_size() == 1 else _GatherRowsAhead.apply(rows, gathered)
+    return gathered
+
+
+def all_reduce_log_sum_exp(values: Tensor) -> Tensor:
+    """log(sum over ranks of exp(value)), element by element, as a new tensor without gradient."""
+    if world_size() == 1:
+        return values.detach()
+    largest = all_reduce_max(values)
+    return largest + all_reduce_sum(torch.exp(values - largest)).log()
+
+
 def all_gather_rows(rows: Tensor) -> Tensor:
     """Rows of all ranks in rank order, without gradient; the number of rows may differ between ranks.
 
@@ -123,3 +170,25 @@ class _AllGatherRows(torch.autograd.Function):
         summed = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
         dist.reduce_scatter_tensor(summed, grad.contiguous())  # collective: all ranks, sum
         return summed
+
+
+class _GatherRowsAhead(torch.autograd.Function):
+    """One all-gather forward, one reduce-scatter backward, both begun early and waited for late."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gathered: GatheredRows) -> Tensor:
+        everybody = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
+        work = dist.all_gather_into_tensor(everybody, rows.contiguous(), async_op=True)  # collective: all ranks
+        gathered._coming = cast(dist.Work, work)
+        ctx.gathered = gathered
+        return everybody
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        going = ctx.gathered._going
+        assert going is not None, "begin_return was not called"
+        mine, work = going
+        ctx.gathered._going = None
+        work.wait()
+        return mine, None

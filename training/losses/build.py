@@ -21,7 +21,7 @@ def build_loss(config: LossConfig) -> Loss:
             f"--loss-dist-impl {config.loss_dist_impl}: unknown; give one of {', '.join(LOSS_DIST_IMPLS)} or leave the "
             "flag out (all of them compute the same exact loss here)"
         )
-    return SiglipLoss() if config.siglip else ClipLoss(local=config.local_loss)
+    return SiglipLoss() if config.siglip else ClipLoss()
 
 
 def describe_loss(config: LossConfig) -> list[str]:
@@ -33,15 +33,14 @@ def describe_loss(config: LossConfig) -> list[str]:
         if config.loss_dist_impl not in (None, "gather"):
             lines.append(f"--loss-dist-impl {config.loss_dist_impl}: computed as 'gather'; all four are the same loss")
         return lines
-    form = "the rank's rows" if config.local_loss else "all rows on every rank"
-    lines = [f"loss: CLIP (softmax) over the global batch, {form}, features gathered with gradient, fp32"]
+    lines = ["loss: CLIP (softmax) over the global batch, in tiles, text features gathered with gradient, fp32"]
     if not config.gather_with_grad:
         lines.append(
             "features are gathered with gradient although --gather-with-grad is not given: without it the gradients "
             "of the towers would be those of another loss (scaled by 1/world size, or wrong with --local-loss)"
         )
     if not config.local_loss:
-        lines.append("--local-loss gives the same gradients and loss for 1/world size of the memory and time")
+        lines.append("the loss is local although --local-loss is not given: same gradients, less memory and time")
     if config.loss_dist_impl is not None:
         lines.append("--loss-dist-impl has no effect without --siglip")
     return lines

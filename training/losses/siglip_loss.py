@@ -1,20 +1,20 @@
-"""The pairwise sigmoid loss of SigLIP over the global batch.
+"""The pairwise sigmoid loss of SigLIP over the global batch, tile by tile.
 
-Legend: B rank batch, G global batch, E embedding, C columns of one chunk.
+Legend: B rank batch, G global batch, E embedding.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from training.distributed.collectives import all_gather_with_grad, rank
+from training.distributed.collectives import GatheredRows, gather_rows, rank
 from training.losses.contrastive import at_least_float32, no_autocast
-
-CHUNK_COLUMNS = 8192
-"""Texts scored at a time: [B, C] in fp32 is 32 MB for B = 1024, whatever the global batch."""
+from training.losses.tiles import TILE_ELEMENTS, Tile, gradients, tiles
 
 
 class SiglipLoss:
@@ -25,38 +25,67 @@ class SiglipLoss:
     Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", algorithm 1.
     """
 
-    def __init__(self, *, chunk_columns: int = CHUNK_COLUMNS) -> None:
-        self.chunk_columns = chunk_columns
+    def __init__(self, *, tile_elements: int = TILE_ELEMENTS) -> None:
+        """
+        Args:
+            tile_elements: logits in memory at a time.
+        """
+        self.tile_elements = tile_elements
 
     def __call__(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None
     ) -> Tensor:
         with no_autocast(image_features):
-            images = at_least_float32(image_features)
-            all_texts = all_gather_with_grad(at_least_float32(text_features))  # [B, E] -> [G, E]
+            texts = gather_rows(at_least_float32(text_features))
             scale = at_least_float32(logit_scale)
             bias = torch.zeros_like(scale) if logit_bias is None else at_least_float32(logit_bias)
-            diagonal = rank() * images.shape[0]  # column of the first image's own text
-            total = images.new_zeros(())
-            for start in range(0, all_texts.shape[0], self.chunk_columns):
-                texts = all_texts[start : start + self.chunk_columns]  # [C, E]
-                total = total + self._chunk(images, texts, scale, bias, diagonal - start)
-            return total / images.shape[0]
-
-    def _chunk(self, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, diagonal: int) -> Tensor:
-        if texts.shape[0] < self.chunk_columns:  # one chunk only: nothing to save by computing it twice
-            return _pair_losses(images, texts, scale, bias, diagonal)
-        # Recomputed in the backward pass, so that the logits of one chunk exist at a time instead of all.
-        return checkpoint(
-            _pair_losses, images, texts, scale, bias, diagonal, use_reentrant=False, preserve_rng_state=False
-        )
+            images = at_least_float32(image_features)
+            loss: Tensor = _TiledSigmoid.apply(images, texts.rows, scale, bias, texts, self.tile_elements)
+        return loss
 
 
-def _pair_losses(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, diagonal: int) -> Tensor:
-    """Summed loss of [B, C] pairs; image i belongs to text i + diagonal, which may lie outside this chunk."""
-    logits = scale * images @ texts.T + bias  # [B, E] x [E, C] -> [B, C]
-    rows = torch.arange(images.shape[0], device=images.device)
-    columns = torch.arange(texts.shape[0], device=images.device)
-    is_pair = rows[:, None] + diagonal == columns[None, :]  # [B, C] bool
-    # Not softplus(x) - x for the pairs: at x = 20 that loses the whole gradient of a good pair in fp32.
-    return -F.logsigmoid(torch.where(is_pair, logits, -logits)).sum()
+class _TiledSigmoid(torch.autograd.Function):
+    """images [B, E], all texts [G, E], scale [], bias [] -> loss []."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        gathered: GatheredRows,
+        tile_elements: int,
+    ) -> Tensor:
+        gathered.wait()
+        first = rank() * len(images)
+        total = images.new_zeros(())
+        for tile in tiles(images, texts, first=first, elements=tile_elements):
+            # Not softplus(x) - x for the pairs: at x = 20 that loses the whole gradient of a good pair in fp32.
+            total -= F.logsigmoid(_answers(tile, scale, bias)).sum()
+        ctx.save_for_backward(images, texts, scale, bias)
+        ctx.gathered, ctx.first, ctx.tile_elements = gathered, first, tile_elements
+        return total / len(images)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        images, texts, scale, bias = ctx.saved_tensors
+
+        def slopes(tile: Tile) -> Tensor:
+            slope = torch.sigmoid_(_answers(tile, scale, bias).neg_())
+            slope.diagonal(tile.diagonal).neg_()
+            return slope
+
+        found = gradients(images, texts, scale, first=ctx.first, elements=ctx.tile_elements, slopes=slopes)
+        factor = grad / len(images)
+        of_texts = found.texts.mul_(factor)
+        ctx.gathered.begin_return(of_texts)
+        return found.images.mul_(factor), of_texts, found.scale * factor, found.bias * factor, None, None
+
+
+def _answers(tile: Tile, scale: Tensor, bias: Tensor) -> Tensor:
+    """[B, C]: logits of the right answers: yes for pairs that belong together, else no. Overwrites the tile."""
+    logits = tile.scores.mul_(scale).add_(bias).neg_()
+    tile.pairs.neg_()
+    return logits
