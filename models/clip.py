@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ClipConfig, TextConfig
+from models.packing import PackedTexts
+from models.text_form import check_packable
 from models.text_transformer import TextParts, encode_texts
 from models.transformer import LayerNorm, Transformer
 
@@ -75,8 +77,8 @@ class Clip(nn.Module):
             return list(cast("list[nn.Module]", getattr(self.text, "blocks", [])))
         return list(self.transformer.resblocks)
 
-    def forward(self, images: Tensor, texts: Tensor) -> ClipOutput:
-        """Encode a batch of pairs: images float [B, 3, H, W], normalised; texts int64 [B, L]."""
+    def forward(self, images: Tensor, texts: Tensor | PackedTexts) -> ClipOutput:
+        """Encode a batch of pairs: images float [B, 3, H, W], normalised; texts int64 [B, L] or packed."""
         return ClipOutput(
             image_features=self.encode_image(images, normalize=True),
             text_features=self.encode_text(texts, normalize=True),
@@ -89,8 +91,14 @@ class Clip(nn.Module):
         features: Tensor = self.visual(images)
         return _normalized(features) if normalize else features
 
-    def encode_text(self, texts: Tensor, normalize: bool = False) -> Tensor:
-        """int64 [B, L] -> [B, E]."""
+    def encode_text(self, texts: Tensor | PackedTexts, normalize: bool = False) -> Tensor:
+        """int64 [B, L] or packed -> [B, E].
+
+        Raises:
+            ValueError: packed texts, and a tower that needs the padding.
+        """
+        if isinstance(texts, PackedTexts):
+            check_packable(self.config)
         features: Tensor = self.text(texts) if self.config.custom_text else encode_texts(self, texts)
         return _normalized(features) if normalize else features
 

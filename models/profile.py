@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.config import ClipConfig
 from models.factory import build_model
+from models.transformer import Transformer
 
 
 class ModelProfile(NamedTuple):
@@ -33,8 +34,8 @@ class ModelProfile(NamedTuple):
 def profile_model(config: ClipConfig) -> ModelProfile:
     """Count on the meta device.
 
-    Attention matrices count in full, also causal ones, as in OpenCLIP's model profile: kernels that skip the masked
-    half do not change the figure.
+    Attention matrices count in full, also causal ones, and so does the last block, as in OpenCLIP's model profile:
+    what a kernel skips, or nobody reads, does not change the figure.
 
     Raises:
         ValueError: a Hugging Face text tower, whose code looks at the values of its masks.
@@ -42,6 +43,9 @@ def profile_model(config: ClipConfig) -> ModelProfile:
     if config.text_cfg.hf_model_name is not None:
         raise ValueError(f"'{config.text_cfg.hf_model_name}' of model '{config.name}' cannot run without memory")
     model = build_model(_without_downloads(config), device="meta").eval()
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.whole_last_block = True
     images = torch.empty(1, 3, *config.vision_cfg.image_hw, device="meta")
     texts = torch.zeros(1, config.text_cfg.context_length, dtype=torch.int64, device="meta")
     with torch.no_grad():

@@ -3,6 +3,9 @@
 Shapes: B rank batch, L text tokens, V vocabulary, D width, E embedding.
 
     texts int64 [B, L] -> tokens [B, L, D] -> blocks -> pooled [B, D] -> features [B, E]
+    packed texts       -> tokens    [T, D] -> blocks -> pooled [C, D] -> features [B, E]
+
+Packed, T is the number of tokens of all captions and C of captions, filler included (``models/packing.py``).
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from __future__ import annotations
 from typing import Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import TextConfig
-from models.transformer import BlockOptions, LayerNorm, ResidualAttentionBlock, Transformer
+from models.packing import PackedTexts
+from models.transformer import BlockOptions, LayerNorm, Read, ResidualAttentionBlock, Transformer, tokens_at
 
 
 class TextParts(Protocol):
@@ -31,42 +36,66 @@ class TextParts(Protocol):
     text_projection: nn.Parameter | nn.Linear | None
 
 
-def encode_texts(parts: TextParts, texts: Tensor) -> Tensor:
-    """int64 [B, L] -> [B, E], not normalised.
+def encode_texts(parts: TextParts, texts: Tensor | PackedTexts) -> Tensor:
+    """int64 [B, L] or packed -> [B, E], not normalised.
 
     Raises:
         ValueError: L is longer than the context length.
     """
     config = parts.text_config
-    length = texts.shape[1]
+    length = texts.context_length if isinstance(texts, PackedTexts) else texts.shape[1]
     if length > config.context_length:
         raise ValueError(
             f"texts are {length} tokens long, the model's context length is {config.context_length}: "
             f"truncate them, or build it with --force-context-length {length}"
         )
-    # The low-precision modes keep embeddings in fp32; the residual stream has the precision of the blocks' weights.
-    dtype = parts.transformer.get_parameter("resblocks.0.mlp.c_fc.weight").dtype
-    tokens = parts.token_embedding(texts).to(dtype)  # [B, L] -> [B, L, D]
-    tokens = parts.transformer(tokens + parts.positional_embedding[:length].to(dtype))  # [B, L, D]
+    pooled: Tensor = _pool_packed(parts, texts) if isinstance(texts, PackedTexts) else _pool_padded(parts, texts)
     # The norm acts per token, so only the pooled one needs it.
-    pooled: Tensor = parts.ln_final(pool_tokens(tokens, texts, config=config))  # [B, L, D] -> [B, D]
+    pooled = parts.ln_final(pooled)  # [B, D]
     projection = parts.text_projection
     if projection is not None:
         pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection  # [B, D] -> [B, E]
     return pooled
 
 
-def pool_tokens(tokens: Tensor, texts: Tensor, *, config: TextConfig) -> Tensor:
-    """[B, L, D] -> [B, D]: the token that stands for the whole text.
+def _pool_padded(parts: TextParts, texts: Tensor) -> Tensor:
+    """int64 [B, L] -> [B, D]."""
+    dtype = _stream_dtype(parts)
+    tokens = parts.token_embedding(texts).to(dtype)  # [B, L] -> [B, L, D]
+    tokens = tokens + parts.positional_embedding[: texts.shape[1]].to(dtype)
+    read = pooled_place(texts, config=parts.text_config)
+    if isinstance(parts.transformer, Transformer):
+        pooled: Tensor = parts.transformer(tokens, read=read)
+        return pooled
+    return tokens_at(parts.transformer(tokens), read)  # blocks of open_clip's
+
+
+def _pool_packed(parts: TextParts, texts: PackedTexts) -> Tensor:
+    """Packed -> [B, D]."""
+    dtype = _stream_dtype(parts)
+    tokens = parts.token_embedding(texts.tokens).to(dtype)  # [T] -> [T, D]
+    # A lookup and not an index: its backward pass sums the rows in a fixed order on every device.
+    tokens = tokens + F.embedding(texts.positions, parts.positional_embedding).to(dtype)
+    packing = texts.packing
+    pooled: Tensor = parts.transformer(tokens, packing, packing.ends)  # [T, D] -> [C, D]
+    return pooled[: texts.num_texts]
+
+
+def _stream_dtype(parts: TextParts) -> torch.dtype:
+    """The low-precision modes keep embeddings in fp32; the residual stream has the precision of the blocks' weights."""
+    return parts.transformer.get_parameter("resblocks.0.mlp.c_fc.weight").dtype
+
+
+def pooled_place(texts: Tensor, *, config: TextConfig) -> Read:
+    """int64 [B, L] -> the place of the token that stands for the whole text.
 
     ``argmax`` takes the highest id, which is the end-of-text token of OpenAI's vocabulary.
     """
     if config.pool_type == "first":
-        return tokens[:, 0]
+        return 0
     if config.pool_type == "last":
-        return tokens[:, -1]
-    position = texts if config.pool_type == "argmax" else (texts == config.eos_id).int()
-    return tokens[torch.arange(len(tokens), device=tokens.device), position.argmax(dim=-1)]
+        return texts.shape[1] - 1
+    return (texts if config.pool_type == "argmax" else (texts == config.eos_id).int()).argmax(dim=-1)
 
 
 class TextTransformer(nn.Module):
@@ -104,8 +133,8 @@ class TextTransformer(nn.Module):
         """The residual blocks, for activation checkpointing and compilation from outside."""
         return self.transformer.resblocks
 
-    def forward(self, texts: Tensor) -> Tensor:
-        """int64 [B, L] -> [B, E], not normalised."""
+    def forward(self, texts: Tensor | PackedTexts) -> Tensor:
+        """int64 [B, L] or packed -> [B, E], not normalised."""
         return encode_texts(self, texts)
 
     def _init_weights(self) -> None:

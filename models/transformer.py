@@ -3,7 +3,12 @@
 Names of modules and parameters, the order in which parameters are registered, and the order in which random numbers
 are drawn are those of OpenCLIP, so that checkpoints, optimizer states and seeds mean the same in both.
 
-Shapes: B rank batch, L tokens of a sequence (image or text), D width, A heads, K head dim (D = A * K).
+A sequence comes as a row of a batch [B, L, D], or packed behind the others [T, D] (``models/packing.py``).
+What is ``read`` of a stack is computed in its last block for these tokens only: they need all keys and values, but no
+other query, output projection or MLP. The result is the same.
+
+Shapes: B rank batch, L tokens of a sequence (image or text), T tokens of all sequences of a packed row, R tokens read
+(one per sequence), D width, A heads, K head dim (D = A * K).
 """
 
 from __future__ import annotations
@@ -15,6 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.packed_attention import Packing, attend, attend_at_ends, mark_dynamic
+
+Read = Tensor | int
+"""Which token of each sequence is read: one place for all, or int64 [B] places; of a packed row int64 [R] indices."""
 
 
 class LayerNorm(nn.LayerNorm):
@@ -67,16 +77,52 @@ class Attention(nn.Module):
         nn.init.zeros_(self.in_proj_bias)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]."""
-        batch, length, width = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [B, L, D] -> [B, L, 3D]
-        qkv = qkv.view(batch, length, 3, self.heads, width // self.heads)  # -> [B, L, 3, A, K]
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # -> 3 x [B, A, L, K]
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)  # [B, A, L, K]
-        merged = attended.transpose(1, 2).reshape(batch, length, width)  # -> [B, L, D]
-        projected: Tensor = self.out_proj(merged)
+    def forward(self, x: Tensor, packing: Packing | None = None, read: Read | None = None) -> Tensor:
+        """[B, L, D] or packed [T, D] -> the same; with ``read`` -> [R, D]."""
+        if read is not None:
+            return self._attend_from(x, packing, read)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [..., D] -> [..., 3D]
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))  # -> [..., 3, A, K]
+        if packing is None:
+            query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # -> 3 x [B, A, L, K]
+            attended = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+            attended = attended.transpose(1, 2)  # [B, A, L, K] -> [B, L, A, K]
+        else:
+            attended = attend(qkv, packing)  # [T, A, K]
+        projected: Tensor = self.out_proj(attended.flatten(-2))  # -> [..., D]
         return projected
+
+    def _attend_from(self, x: Tensor, packing: Packing | None, read: Read) -> Tensor:
+        """Attention of the tokens read only: -> [R, D]."""
+        width = x.shape[-1]
+        query_weight, pair_weight = self.in_proj_weight.split([width, 2 * width])
+        query_bias, pair_bias = self.in_proj_bias.split([width, 2 * width])
+        query = F.linear(tokens_at(x, read), query_weight, query_bias).unflatten(-1, (self.heads, -1))  # [R, A, K]
+        pairs = F.linear(x, pair_weight, pair_bias).unflatten(-1, (2, self.heads, -1))  # [..., 2, A, K]
+        if packing is None:
+            key, value = pairs.permute(2, 0, 3, 1, 4).unbind(0)  # 2 x [B, A, L, K]
+            mask = self._visible_from(read, length=x.shape[1], device=x.device)
+            attended = F.scaled_dot_product_attention(query[:, :, None], key, value, attn_mask=mask).squeeze(2)
+        else:
+            attended = attend_at_ends(query, pairs, packing)
+        projected: Tensor = self.out_proj(attended.flatten(-2))  # [R, A, K] -> [R, D]
+        return projected
+
+    def _visible_from(self, read: Read, *, length: int, device: torch.device) -> Tensor | None:
+        """bool [R or 1, 1, 1, L]: the keys that the tokens read may see; None for all of them."""
+        if not self.causal:
+            return None
+        last = read if isinstance(read, int) else read[:, None, None, None]
+        return torch.arange(length, device=device)[None, None, None] <= last
+
+
+def tokens_at(x: Tensor, read: Read) -> Tensor:
+    """[B, L, D] or packed [T, D] -> [R, D]."""
+    if isinstance(read, int):
+        return x[:, read]
+    if x.ndim == 2:
+        return x.index_select(0, read)
+    return x[torch.arange(len(x), device=x.device), read]
 
 
 class Mlp(nn.Module):
@@ -135,9 +181,10 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp = Mlp(options.width, hidden=hidden, activation=options.activation())
         self.ls_2 = options.layer_scale()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]."""
-        attended: Tensor = x + self.ls_1(self.attn(self.ln_1(x)))
+    def forward(self, x: Tensor, packing: Packing | None = None, read: Read | None = None) -> Tensor:
+        """[B, L, D] or packed [T, D] -> the same; with ``read`` -> [R, D]."""
+        attention = self.ls_1(self.attn(self.ln_1(x), packing, read))
+        attended: Tensor = (x if read is None else tokens_at(x, read)) + attention
         refined: Tensor = attended + self.ls_2(self.mlp(self.ln_2(attended)))
         return refined
 
@@ -148,9 +195,15 @@ class Transformer(nn.Module):
     def __init__(self, options: BlockOptions, *, layers: int) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(options) for _ in range(layers))
+        self.whole_last_block = False
+        """Compute the last block for all tokens, whatever is read: to count, or to measure what it saves."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]."""
-        for block in self.resblocks:
-            x = block(x)
-        return x
+    def forward(self, x: Tensor, packing: Packing | None = None, read: Read | None = None) -> Tensor:
+        """[B, L, D] or packed [T, D] -> the same; with ``read`` -> [R, D]."""
+        last = len(self.resblocks) - 1
+        read_within = None if self.whole_last_block else read
+        for index, block in enumerate(self.resblocks):
+            if packing is not None and block._compiled_call_impl is not None:
+                mark_dynamic(x, packing)
+            x = block(x, packing, read_within if index == last else None)
+        return x if read is None or read_within is not None else tokens_at(x, read)

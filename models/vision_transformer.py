@@ -74,8 +74,14 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, E], not normalised."""
-        tokens = self.transformer(self.ln_pre(self.patch_dropout(self._embed(images))))  # [B, N, D]
-        return self._pool(tokens) @ self.proj  # [B, D] x [D, E] -> [B, E]
+        tokens = self.ln_pre(self.patch_dropout(self._embed(images)))  # [B, N, D]
+        # The norm acts per token, so a pooled class token needs it on one token only.
+        if self.pool_type == "tok":
+            pooled = self.ln_post(self.transformer(tokens, read=0))  # [B, N, D] -> [B, D]
+        else:
+            pooled = self._pool_average(self.transformer(tokens)[:, 1:])
+        features: Tensor = pooled @ self.proj  # [B, D] x [D, E] -> [B, E]
+        return features
 
     def _embed(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != self.image_size:
@@ -88,12 +94,8 @@ class VisionTransformer(nn.Module):
         tokens = torch.cat([class_token, patches], dim=1)  # -> [B, N, D]
         return tokens + self.positional_embedding.to(tokens.dtype)
 
-    def _pool(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> [B, D]. The norm acts per token, so a pooled class token needs it on one token only."""
-        if self.pool_type == "tok":
-            pooled: Tensor = self.ln_post(tokens[:, 0])
-        elif self.final_ln_after_pool:
-            pooled = self.ln_post(tokens[:, 1:].mean(dim=1))
-        else:
-            pooled = self.ln_post(tokens[:, 1:]).mean(dim=1)
-        return pooled
+    def _pool_average(self, patches: Tensor) -> Tensor:
+        """[B, N-1, D] -> [B, D]."""
+        if self.final_ln_after_pool:
+            return self.ln_post(patches.mean(dim=1))  # type: ignore[no-any-return]
+        return self.ln_post(patches).mean(dim=1)  # type: ignore[no-any-return]
