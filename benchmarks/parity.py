@@ -63,6 +63,7 @@ def check_parity(ours: StepArm, theirs: StepArm, batches: Sequence[DeviceBatch],
 
 
 def _gradient_difference(ours: StepArm, theirs: StepArm, batch: DeviceBatch) -> float | None:
+    assert isinstance(batch.texts, Tensor)
     small = DeviceBatch(batch.images[:8], batch.texts[:8])
     if any(parameter.dtype != torch.float32 for parameter in ours.model.parameters()):
         return None

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch import Tensor
 
 import training.assembly
 import training.main
@@ -136,6 +137,7 @@ class FaultyStep(TrainStep):
         assert isinstance(batch, NumberedBatch)
         fault = self.faults.get(batch.number)
         if fault == WRONG_CAPTIONS:
+            assert isinstance(batch.texts, Tensor)
             batch.texts.copy_(batch.texts.roll(1, dims=0))
         elif fault == NAN_PIXEL:
             batch.images[0, 0, 0, 0] = math.nan

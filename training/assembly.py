@@ -12,6 +12,7 @@ import torch
 
 from models.factory import BuiltModel, create_model
 from models.locking import lock_image_tower, lock_text_tower
+from models.text_form import build_packer
 from training.checkpoint.checkpointer import Checkpointer
 from training.checkpoint.run_state import RunParts
 from training.checkpoint.saver import Saver
@@ -71,11 +72,12 @@ def _lock_towers(built: BuiltModel, config: ModelConfig) -> None:
 
 
 def build_device_loading(
-    built: BuiltModel, precision: Precision, *, device: torch.device
+    built: BuiltModel, precision: Precision, *, device: torch.device, text_packing: str
 ) -> Callable[[Iterator[Batch]], Iterator[DeviceBatch]]:
     """What brings the loader's batches to the device, normalised."""
     mean, std = built.preprocess.mean, built.preprocess.std
-    convert = partial(to_device, mean=mean, std=std, device=device, dtype=precision.input_dtype)
+    pack = build_packer(built.config, text_packing=text_packing)
+    convert = partial(to_device, mean=mean, std=std, device=device, dtype=precision.input_dtype, pack=pack)
     return partial(load_to_device, to_device=convert, device=device)
 
 

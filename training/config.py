@@ -147,6 +147,8 @@ class EngineConfig:
     """``full`` also writes ``epoch_N.pt``; step checkpoints are sharded either way."""
     precision: str = "amp_bf16"
     accum_freq: int = 1
+    text_packing: str = "auto"
+    """Whether captions are computed without their padding, where that changes no feature."""
     grad_checkpointing: bool = False
     torchcompile: bool = False
     torchcompile_strategy: str = "task"

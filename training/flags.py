@@ -283,6 +283,13 @@ FLAGS: tuple[Flag, ...] = (
         choices=PRECISION_CHOICES,
     ),
     _on("accum-freq", "integer", "Micro-steps per optimizer step; the loss sees all of their samples."),
+    _on(
+        "text-packing",
+        "text",
+        "auto: captions are computed without padding, with the same features, where the text tower allows it.",
+        origin="Clipyard",
+        choices=("auto", "off"),
+    ),
     _on("grad-checkpointing", "switch", "Recompute blocks in the backward pass to save memory."),
     _on("torchcompile", "switch", "Compile the model with torch.compile."),
     _on(

@@ -255,7 +255,9 @@ def _build_training(
         parts=parts,
         train_step=train_step,
         schedule=build_schedule(config.schedule, lr=base_lr, plan=plan, state=parts.state),
-        load=build_device_loading(built, precision, device=runtime.device),
+        load=build_device_loading(
+            built, precision, device=runtime.device, text_packing=config.engine.text_packing
+        ),
         trace=open_trace(run, first_step=parts.state.step),
         measurement=Measurement(
             plan,

@@ -16,7 +16,7 @@ from training.data.meter import DataMeter
 from training.distributed.collectives import all_reduce_sum, gather_objects
 from training.distributed.runtime import Runtime
 from training.observability.compute_clock import ComputeClock
-from training.observability.metrics import StepClock
+from training.observability.metrics import StepClock, TokenCount
 from training.observability.reporter import Reporter
 from training.observability.stragglers import RankTimes, StragglerReport
 from training.observability.telemetry import Telemetry
@@ -55,6 +55,7 @@ class Measurement:
         self._runtime = runtime
         self._stragglers = StragglerReport(gather_objects(socket.gethostname()))  # collective: all ranks
         self._clock = StepClock()
+        self._tokens = TokenCount()
 
     def begin_step(self, *, waited_s: float) -> None:
         """The batch of a step is there, after a wait."""
@@ -66,11 +67,12 @@ class Measurement:
 
         Args:
             place: of the step in the schedule.
-            batch: the step's last, for telemetry.
+            batch: the step's last, for telemetry and to count its tokens.
 
         Raises:
             DataBudgetExceeded: too much of the data is bad; on all ranks.
         """
+        self._tokens.add(batch.texts)
         if self._plan.logs_metrics(place):
             numbers = self._measure(step, place, metrics) | {"lr": lr}
             if self._reporter is not None:
@@ -88,11 +90,13 @@ class Measurement:
     def restart(self) -> None:
         """What has passed since the last log point is not the steps' own time, and is left out."""
         self._clock.reset()
+        self._tokens = TokenCount()
 
     def _measure(self, step: int, place: int, metrics: StepMetrics) -> dict[str, float]:
         plan, clock, world_size = self._plan, self._clock, self._runtime.world_size
         numbers = _read_metrics(metrics, world_size=world_size)  # host sync; collective: all ranks
         numbers |= clock.read(samples_per_step=plan.samples_per_step, world_size=world_size)
+        numbers |= self._tokens.read()
         numbers |= {"epoch": place / plan.steps_per_epoch, "samples_seen": self._parts.state.samples_seen}
         computed = self._compute_clock.read()  # host sync
         numbers |= self._meter.measure(

@@ -46,7 +46,7 @@ _BY_RULE: Mapping[Rule, tuple[str, ...]] = {
         # engine
         *("device", "dist_url", "dist_backend", "no_set_device_rank", "ddp_static_graph", "precision", "accum_freq"),
         *("slurm_host_suffix", "fsdp", "fsdp_shard_ranks", "fsdp_no_reshard_after_forward", "fsdp_offload_cpu"),
-        "fsdp_checkpoint",
+        *("fsdp_checkpoint", "text_packing"),
         *("grad_checkpointing", "torchcompile", "torchcompile_strategy", "torchcompile_backend", "torchcompile_mode"),
         "cache_dir",
         # what is saved, and how often

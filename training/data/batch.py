@@ -1,12 +1,14 @@
 """A batch on its way from the loader to the device: uint8 images until it is there, normalised floats from then on.
 
+Texts stay int64 [B, L], or lose their padding on the host, where their lengths can be looked at without waiting.
+
 Legend: B rank batch, L text tokens.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -14,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.packing import PackedTexts
 from training.data.lane_reader import Fault
 from training.data.lanes import LanePosition
 
@@ -59,22 +62,31 @@ class DeviceBatch(NamedTuple):
 
     images: Tensor
     """float [B, 3, H, W], normalised, in the precision's input dtype"""
-    texts: Tensor
-    """int64 [B, L]"""
+    texts: Tensor | PackedTexts
+    """int64 [B, L], or packed"""
     record: BatchRecord | None = None
     sources: Tensor | None = None
     """int64 [B]: which source each row came from."""
 
 
 def to_device(
-    batch: Batch, *, mean: Sequence[float], std: Sequence[float], device: torch.device, dtype: torch.dtype
+    batch: Batch,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+    dtype: torch.dtype,
+    pack: Callable[[Tensor], Tensor | PackedTexts] = Tensor.clone,
 ) -> DeviceBatch:
     """Copies a batch to the device and normalises it there; the result shares no memory with the batch.
 
-    Does not wait for the copy if the batch is pinned.
+    Does not wait for the copy of images if the batch is pinned.
+
+    Args:
+        pack: what becomes of the texts on the host, in new memory (``models/text_form.py``).
     """
     images = batch.images.to(device, non_blocking=True)
-    texts = batch.texts.to(device, non_blocking=True, copy=True)
+    texts = pack(batch.texts).to(device, non_blocking=True)
     sources = batch.record.samples[:, SAMPLE_COLUMNS.index("source")].to(device, non_blocking=True)
     return DeviceBatch(normalize(images, mean=mean, std=std, dtype=dtype), texts, batch.record, sources)
 

@@ -62,9 +62,8 @@ def _prefetch(
             batch, copied = item
             stream = torch.cuda.current_stream(device)
             stream.wait_event(copied)
-            for tensor in (batch.images, batch.texts, batch.sources):
-                if tensor is not None:
-                    tensor.record_stream(stream)  # made on the side stream: not to be reused before this one is done
+            for tensor in _tensors(batch):
+                tensor.record_stream(stream)  # made on the side stream: not to be reused before this one is done
             yield batch
     finally:
         stopped.set()
@@ -95,6 +94,15 @@ def _copy_batches(
         close = getattr(batches, "close", None)
         if close is not None:
             close()
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """All tensors of a batch, at any depth of tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
 
 
 def _put(

@@ -97,6 +97,9 @@ def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
 def _compile_blocks(model: nn.Module, *, backend: str | None, mode: str | None) -> None:
     """Block by block: all blocks of a tower share one compiled graph, and nothing breaks at the edges of DDP."""
     blocks = _require_blocks(model, "--torchcompile")
+    # All blocks share one cache: two towers, the last block of each, with gradient and without, other batch sizes in an
+    # evaluation. Beyond the limit torch runs them uncompiled.
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     for block in blocks:
         block.compile(backend=backend or "inductor", mode=mode)
     logger.info("torch.compile: %d blocks, backend %s, mode %s", len(blocks), backend or "inductor", mode or "default")

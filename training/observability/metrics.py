@@ -5,6 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from models.packing import PackedTexts
+
 
 class StepClock:
     """Where the time of a window of steps went. Throughput is that of the whole window, not of its last step."""
@@ -39,6 +43,35 @@ class StepClock:
             "samples_per_second": samples_per_second,
             "samples_per_second_per_gpu": samples_per_second / world_size,
             "data_wait_pct": 100.0 * self.data_wait_s / elapsed,
+        }
+
+
+@dataclass
+class TokenCount:
+    """How many text tokens the model computed, beside those of the same batches with their padding. This rank's own."""
+
+    computed: int = 0
+    padded: int = 0
+    texts: int = 0
+
+    def add(self, texts: Tensor | PackedTexts) -> None:
+        """Counts a batch. Lengths are known on the host: nothing waits for the device."""
+        if isinstance(texts, PackedTexts):
+            self.computed += len(texts.tokens)
+            self.padded += texts.num_texts * texts.context_length
+            self.texts += texts.num_texts
+        else:
+            self.computed += texts.numel()
+            self.padded += texts.numel()
+            self.texts += len(texts)
+
+    def read(self) -> dict[str, float]:
+        """Computed tokens in percent of the padded ones, and per caption; empty without any."""
+        if not self.texts:
+            return {}
+        return {
+            "text_tokens_pct": 100.0 * self.computed / self.padded,
+            "text_tokens_per_sample": self.computed / self.texts,
         }
 
 

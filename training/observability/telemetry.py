@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.clip import Clip
+from models.packing import PackedTexts
 from training.data.batch import DeviceBatch
 from training.observability.activation_probe import ActivationProbe
 from training.observability.update_statistics import UpdateMeter, UpdateStatistics
@@ -73,7 +74,9 @@ class Telemetry:
             statistics = self._meter.measure()
             scalars = {"logit_scale": cast(Tensor, self._model.logit_scale).exp().squeeze()}
             if self._probe is not None:
-                scalars |= self._probe.measure(batch.images[:_SAMPLES], batch.texts[:_SAMPLES])
+                texts = batch.texts
+                few = texts.first(_SAMPLES) if isinstance(texts, PackedTexts) else texts[:_SAMPLES]
+                scalars |= self._probe.measure(batch.images[:_SAMPLES], few)
             vectors = [torch.stack([value.float() for value in scalars.values()])]
             vectors += [torch.zeros_like(vectors[0][:1]) if skipped is None else skipped.reshape(1).float()]
             columns = _columns(statistics)
