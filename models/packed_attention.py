@@ -6,8 +6,8 @@
 Both are exact. In a group a short caption is followed by copies of its last token: causality hides them from its own
 tokens, and what they compute is not read back.
 
-Shapes: C captions, T tokens of all captions, A heads, K head dim, D width (D = A * K), G groups of n captions, W length
-of the longest caption of a group, S slots of all groups.
+Shapes: C captions, T tokens of all captions, A heads, K head dim, D width (D = A * K), G groups, n captions of a
+group, W length of the longest of them, S slots of all groups.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Packing(NamedTuple):
     slots: Tensor
     """int64 [T]: the slot, counted through all groups, that holds each token."""
     order: Tensor
-    """int64 [G * n]: the caption in each row of the groups, by length; the shortest repeated to fill the rows."""
+    """int64 [C]: the caption in each row of the groups, row after row: sorted by length."""
     rows: Tensor
     """int64 [C]: the row of each caption."""
 
@@ -148,7 +148,7 @@ def _grouped_reading(
             visible = ~_is_repeated(group)[:, None, None]  # [n, 1, 1, W]
             found = F.scaled_dot_product_attention(of_group[:, :, None], key, value, attn_mask=visible)
             attended.append(found.squeeze(2))  # [n, A, 1, K] -> [n, A, K]
-    return torch.cat(attended).index_select(0, rows)  # [G * n, A, K] -> [C, A, K]
+    return torch.cat(attended).index_select(0, rows)  # [C, A, K], in the order of captions
 
 
 @torch.library.custom_op(
@@ -166,12 +166,10 @@ def _grouped_reading_backward(
     order: Tensor,
     rows: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    # Zero for the rows that repeat a caption: nothing was read from them.
-    placed = gradient.new_zeros(len(order), *gradient.shape[1:]).index_copy_(0, rows, gradient)  # [G * n, A, K]
     of_queries, of_pairs = [], []
     with torch.autocast(query.device.type, enabled=False):
-        pieces = zip(groups, _split_rows(query, groups, order), placed.split(len(groups[0])), strict=True)
-        for group, of_group, piece in pieces:
+        pieces = (_split_rows(tensor, groups, order) for tensor in (query, gradient))
+        for group, of_group, piece in zip(groups, *pieces, strict=True):
             key, value = _heads(_gather(kv, group)).unbind(0)  # 2 x [n, A, W, K]
             hidden = _is_repeated(group)[:, None, None]  # [n, 1, 1, W]
             of_query, *pair = _attention_gradients(
@@ -202,7 +200,7 @@ def _spread(packed: Tensor, groups: Sequence[Tensor], slots: Tensor) -> list[Ten
 
 def _split_rows(query: Tensor, groups: Sequence[Tensor], order: Tensor) -> tuple[Tensor, ...]:
     """[C, A, K] -> G x [n, A, K]."""
-    pieces: tuple[Tensor, ...] = query.index_select(0, order).split(len(groups[0]))
+    pieces: tuple[Tensor, ...] = query.index_select(0, order).split([len(group) for group in groups])
     return pieces
 
 

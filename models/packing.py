@@ -25,8 +25,9 @@ from torch.nn.utils.rnn import pad_sequence
 from models.packed_attention import Packing
 
 _Integers = NDArray[np.int64]
-_NUM_GROUPS = 8
-"""Of captions of about one length: with web alt-texts a ninth more attention slots than tokens, and 8 launches."""
+_GROUPS_END_AT = (0.25, 0.5, 0.7, 0.83, 0.91, 0.96, 0.985, 1.0)
+"""Shares of the captions, by length, at which groups of about one length end: smaller ones where lengths spread. With
+web alt-texts a sixth more attention slots than tokens."""
 _SIZES = 256
 """T is a multiple of a 256th of the padded size, and of this at most: 1 % more tokens, half a dozen sizes."""
 
@@ -102,21 +103,19 @@ def _lay_out(lengths: _Integers, context_length: int) -> tuple[Packing, _Integer
     count = len(lengths)
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), lengths.cumsum()])  # [C+1]
     positions = np.arange(offsets[-1]) - offsets[:-1].repeat(lengths)  # [T]
-    num_groups = min(_NUM_GROUPS, count)
-    rows_each = -(-count // num_groups)
-    by_length = lengths.argsort(kind="stable")
-    spare = num_groups * rows_each - count  # rows filled with the shortest caption once more
-    order = by_length[np.maximum(np.arange(-spare, count), 0)]  # [G * n]
+    order = lengths.argsort(kind="stable")
     rows = np.empty(count, dtype=np.int64)
-    rows[by_length] = spare + np.arange(count)
+    rows[order] = np.arange(count)
+    # Of the same sizes in every batch: then only their widths differ, and one compiled program serves all batches.
+    bounds = sorted({round(count * share) for share in _GROUPS_END_AT} - {0, count})
     groups, first_slots, slots = [], [], 0
-    for captions in order.reshape(num_groups, rows_each):
+    for captions in np.split(order, bounds):
         # Two at least: torch.compile makes another program for a dimension of one.
         longest = max(2, lengths[captions].max())
         places = np.minimum(np.arange(longest), lengths[captions, None] - 1)  # [n, W]
         groups.append(torch.from_numpy(offsets[captions, None] + places))
-        first_slots.append(slots + longest * np.arange(rows_each))
-        slots += longest * rows_each
+        first_slots.append(slots + longest * np.arange(len(captions)))
+        slots += longest * len(captions)
     slot_of_first = np.concatenate(first_slots)[rows]  # [C]
     packing = Packing(
         offsets=torch.from_numpy(offsets.astype(np.int32)),
