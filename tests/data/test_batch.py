@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from functools import partial
 
 import torch
 from torchvision import transforms
 
+from models.packing import PackedTexts, pack_texts
 from training.data.batch import Batch, BatchRecord, normalize, to_device
 from training.data.lanes import LanePosition
+from training.data.prefetch import tensors_of
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -56,6 +59,18 @@ def test_what_is_on_the_device_shares_no_memory_with_the_loader():
     assert torch.equal(found.texts, torch.ones(2, 7, dtype=torch.int64))
     assert found.sources is not None
     assert found.sources.tolist() == [0, 3]
+
+
+def test_texts_are_packed_on_their_way_to_the_device():
+    texts = torch.tensor([[5, 9, 0, 0], [5, 3, 9, 0]])
+    batch = Batch(every_byte(), texts, record())
+    form = partial(to_device, mean=MEAN, std=STD, device=torch.device("meta"), dtype=torch.float32)
+    found = form(batch, pack=pack_texts)
+    assert isinstance(found.texts, PackedTexts)
+    assert found.texts.lengths.tolist() == [2, 3]
+    assert {tensor.device.type for tensor in tensors_of(found)} == {"meta"}
+    # Images, texts, sources: what the prefetching thread must keep alive for the other stream.
+    assert len(list(tensors_of(found))) == 1 + 2 + 6 + len(found.texts.packing.groups) + 1
 
 
 def test_the_record_of_a_batch_travels_between_processes():

@@ -62,7 +62,7 @@ def _prefetch(
             batch, copied = item
             stream = torch.cuda.current_stream(device)
             stream.wait_event(copied)
-            for tensor in _tensors(batch):
+            for tensor in tensors_of(batch):
                 tensor.record_stream(stream)  # made on the side stream: not to be reused before this one is done
             yield batch
     finally:
@@ -96,13 +96,13 @@ def _copy_batches(
             close()
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
+def tensors_of(value: object) -> Iterator[Tensor]:
     """All tensors of a batch, at any depth of tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_of(item)
 
 
 def _put(
