@@ -1,0 +1,263 @@
+"""One rank's real training step in a world of 1,024: how many collectives, how many bytes, how much memory.
+
+    python -m benchmarks.scale_rank
+
+    exchange   real tensors, real DDP: what a step sends, and whether it trains (the guard lets it pass)
+    growth     the same in ever larger worlds: nothing may grow faster than the world
+    full size  fake tensors (shapes without memory), the historical local batches: peak memory of a rank
+
+Model, loss, guard, clipping, optimizer and DDP are those of training; only the other ranks are missing (scale_world).
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.scale_jobs import LOCAL_BATCHES
+from benchmarks.scale_report import Result, Tables, num_bytes, run_benchmark, table
+from benchmarks.scale_world import LiveMemory, fake_world
+from models.factory import BuiltModel, create_model
+from training.config import EngineConfig, LossConfig, OptimConfig, ResilienceConfig
+from training.data.batch import DeviceBatch
+from training.distributed.collectives import all_reduce_sum
+from training.distributed.parallelize import parallelize
+from training.distributed.runtime import Runtime
+from training.losses.build import build_loss
+from training.optim.optimizer import build_optimizer
+from training.precision import build_precision
+from training.resilience.guard import VITALS, StepGuard
+from training.train_step import StepMetrics, TrainStep
+
+NAME = "scale_rank"
+WORLD = 1024
+OPTIMIZER = OptimConfig(lr=1e-3, beta1=0.9, beta2=0.98, eps=1e-6, grad_clip_norm=5.0)
+LOSSES = {
+    "CLIP, --local-loss": LossConfig(local_loss=True, gather_with_grad=True),
+    "CLIP, all rows on every rank": LossConfig(gather_with_grad=True),
+    "SigLIP": LossConfig(siglip=True),
+}
+
+
+class Setting(NamedTuple):
+    """What is run."""
+
+    model: str
+    batch_size: int
+    loss: str = "CLIP, --local-loss"
+    grad_checkpointing: bool = False
+    micro_batches: int = 1
+    precision: str = "fp32"
+    """Collectives are the same in all; processors without bf16 units are slow with it."""
+
+
+def measure(*, small: bool = False) -> Result:
+    """All three parts."""
+    demo = Setting("demo-vit", 4)
+    whole = [] if small else [Setting("ViT-B-32-256", 2)]
+    exchanges = [demo, *(demo._replace(loss=loss) for loss in list(LOSSES)[1:]), demo._replace(micro_batches=2), *whole]
+    worlds = (8, 16) if small else (64, 128, 256, 512, 1024, 2048, 4096)
+    sizes = [Setting("demo-vit", 8, precision="amp_bf16")] if small else _full_sizes()
+    return {
+        "world": WORLD,
+        "exchange": [exchange(setting, world=WORLD) for setting in exchanges],
+        "growth": [exchange(demo, world=world) for world in worlds],
+        "full_size": [full_size(setting, world=WORLD) for setting in sizes],
+    }
+
+
+def _full_sizes() -> list[Setting]:
+    settings = [Setting(model, batch, precision="amp_bf16") for model, batch in LOCAL_BATCHES.items()]
+    return [*settings, *(setting._replace(grad_checkpointing=True) for setting in settings)]
+
+
+def exchange(setting: Setting, *, world: int) -> dict[str, Any]:
+    """Three steps with real memory; what the last one called. Rank 5: its labels are not the first columns."""
+    with fake_world(world, rank=5) as (runtime, log):
+        torch.manual_seed(0)
+        built = create_model(setting.model)
+        step = build_step(built, setting, runtime=runtime)
+        batches = [make_batch(built, setting.batch_size) for _ in range(setting.micro_batches)]
+        before = [parameter.detach().clone() for parameter in built.model.parameters()]
+        for _ in range(2):  # DDP orders its buckets anew after the first
+            step(batches, lr=1e-3)
+        log.calls.clear()
+        start = time.perf_counter()
+        metrics = step(batches, lr=1e-3)
+        took = time.perf_counter() - start
+        trained = zip(built.model.parameters(), before, strict=True)
+        return {
+            **setting._asdict(),
+            "kind_of_loss": setting.loss,
+            "world": world,
+            "parameters": sum(tensor.numel() for tensor in before),
+            "collectives": log.summary(),
+            "messages": [call._asdict() for call in log.calls] if setting.model == "demo-vit" else [],
+            "feature_width": _width(built),
+            "host_s": round(took, 4),
+            "judged_bad": _vitals(metrics)["bad"],
+            "loss": round(_vitals(metrics)["loss"], 4),
+            "changed_parameters": sum(not torch.equal(now, then) for now, then in trained),
+            "of_parameters": len(before),
+        }
+
+
+def full_size(setting: Setting, *, world: int) -> dict[str, Any]:
+    """A step at its real size without its memory.
+
+    DDP's reducer is native code and cannot take tensors without memory: the plain model stands in for it. Its buckets
+    hold the gradients themselves, so nothing is missing but their padding.
+    """
+    built = create_model(setting.model, device="meta")
+    memory = LiveMemory()
+    with fake_world(world, rank=5) as (runtime, log), FakeTensorMode(allow_non_fake_inputs=True), memory:
+        _allocate(built.model, memory)
+        weights = memory.live
+        single = Runtime(runtime.rank, 0, 1, runtime.device)  # no DDP; the loss and the guard ask the process group
+        step = build_step(built, setting, runtime=single, world=world)
+        batch = make_batch(built, setting.batch_size)
+        step([batch], lr=1e-3)  # from here on the optimizer has its state
+        step.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        between = memory.live
+        memory.peak = memory.live
+        log.calls.clear()
+        step([batch], lr=1e-3)
+        peak = memory.peak
+    inputs = batch.images.nbytes + batch.texts.nbytes
+    num_gradients = sum(parameter.nbytes for parameter in built.model.parameters())
+    return {
+        **setting._asdict(),
+        "world": world,
+        "global_batch": world * setting.batch_size,
+        "parameters": sum(parameter.numel() for parameter in built.model.parameters()),
+        "weights_bytes": weights,
+        "optimizer_bytes": between - weights - inputs,
+        "gradient_bytes": num_gradients,
+        "input_bytes": inputs,
+        "step_peak_bytes": peak,
+        "step_bytes": peak - between,
+        "collectives": log.summary(),
+    }
+
+
+def build_step(built: BuiltModel, setting: Setting, *, runtime: Runtime, world: int | None = None) -> TrainStep:
+    """As main does, on the CPU."""
+    device = runtime.device
+    config = EngineConfig(grad_checkpointing=setting.grad_checkpointing, precision=setting.precision)
+    return TrainStep(
+        model=parallelize(built.model, config=config, runtime=runtime),
+        loss=build_loss(LOSSES[setting.loss]),
+        optimizer=build_optimizer(built.model, OPTIMIZER),
+        precision=build_precision(config.precision, device),
+        grad_clip_norm=OPTIMIZER.grad_clip_norm,
+        guard=StepGuard(
+            ResilienceConfig(),
+            device=device,
+            rank=runtime.rank,
+            world_size=world or runtime.world_size,
+            all_reduce_sum=all_reduce_sum,
+        ),
+    )
+
+
+def make_batch(built: BuiltModel, batch_size: int) -> DeviceBatch:
+    """Noise, and captions that end after their first token."""
+    images = torch.randn(batch_size, 3, *built.preprocess.size)
+    texts = torch.zeros(batch_size, built.config.text_cfg.context_length, dtype=torch.int64)
+    texts[:, 0] = built.config.text_cfg.vocab_size - 1
+    return DeviceBatch(images, texts)
+
+
+def _allocate(model: nn.Module, memory: LiveMemory) -> None:
+    """Tensors of the current mode in place of the meta device's."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                memory.add(empty)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _width(built: BuiltModel) -> int:
+    return built.config.embed_dim
+
+
+def _vitals(metrics: StepMetrics) -> dict[str, float]:
+    vitals = metrics.vitals
+    assert isinstance(vitals, Tensor)
+    return dict(zip(VITALS, vitals.tolist(), strict=True))
+
+
+def tables(result: Result) -> Tables:
+    """Markdown by name."""
+    return {
+        "rank_exchange": _exchange_table(result["exchange"]),
+        "rank_growth": _growth_table(result["growth"]),
+        "rank_memory": _memory_table(result["full_size"]),
+    }
+
+
+def _exchange_table(rows: Sequence[dict[str, Any]]) -> str:
+    def cells(row: dict[str, Any]) -> list[object]:
+        def of(kind: str) -> str:
+            found = row["collectives"].get(kind)
+            return "-" if found is None else f"{found['calls']}: {num_bytes(found['bytes'])}"
+
+        changed = f"{row['changed_parameters']} of {row['of_parameters']}"
+        name = f"{row['model']}, b = {row['batch_size']}" + (f" x {row['micro_batches']}" * (row["micro_batches"] > 1))
+        kinds = [of(kind) for kind in ("all_reduce", "all_gather", "reduce_scatter")]
+        return [name, row["kind_of_loss"], row["loss"], *kinds, changed]
+
+    header = [
+        "model",
+        "loss",
+        "its mean over ranks",
+        "all-reduce",
+        "all-gather",
+        "reduce-scatter",
+        "tensors that changed",
+    ]
+    return table(header, [cells(row) for row in rows])
+
+
+def _growth_table(rows: Sequence[dict[str, Any]]) -> str:
+    body = []
+    for row in rows:
+        found = row["collectives"]
+        calls = sum(entry["calls"] for entry in found.values())
+        gathered = found["all_gather"]["bytes"] + found["reduce_scatter"]["bytes"]
+        body.append([f"{row['world']:,}", calls, num_bytes(found["all_reduce"]["bytes"]), num_bytes(gathered)])
+    return table(
+        ["ranks", "collectives per step", "bytes of all-reduces", "bytes of gathered features, both ways"], body
+    )
+
+
+def _memory_table(rows: Sequence[dict[str, Any]]) -> str:
+    body = [
+        [
+            row["model"],
+            row["batch_size"],
+            f"{row['global_batch']:,}",
+            "blocks" if row["grad_checkpointing"] else "none",
+            *(num_bytes(row[name]) for name in ("weights_bytes", "optimizer_bytes", "input_bytes")),
+            num_bytes(row["step_bytes"]),
+            num_bytes(row["step_peak_bytes"]),
+        ]
+        for row in rows
+    ]
+    header = ["model", "b", "global batch", "checkpointing", "weights", "moments", "batch"]
+    return table([*header, "activations, gradients and loss, at their peak", "all"], body)
+
+
+if __name__ == "__main__":
+    run_benchmark(NAME, measure, tables)
