@@ -1,0 +1,91 @@
+"""Finds out who of a job is there, without waiting for ever for who is not: the store alone, no process group.
+
+A process group begins with a collective, which a single missing rank turns into a time-out on all of them. Here every
+rank leaves notes in the store of rank 0, and whoever leaves none in time is known by that.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+_POLL_S = 0.1
+
+
+class RollCall:
+    """The notes of a job's ranks. Nothing here is a collective."""
+
+    def __init__(self, host: str, port: int, *, rank: int, world_size: int, timeout_s: float) -> None:
+        """Rank 0 opens the store, the others connect to it.
+
+        Raises:
+            RuntimeError: it cannot be opened, or reached within ``timeout_s``.
+        """
+        # torchrun's agent has a store of its own at this address already.
+        opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        try:
+            self._store = TCPStore(
+                host,
+                port,
+                world_size,
+                is_master=opens,
+                timeout=timedelta(seconds=timeout_s),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except RuntimeError as error:
+            said = str(error).splitlines()[0]
+            if opens:
+                raise RuntimeError(
+                    f"rank 0 cannot listen at {host}:{port} ({said}): another process may have the port; export "
+                    "another MASTER_PORT"
+                ) from error
+            raise RuntimeError(
+                f"rank 0 at {host}:{port} cannot be reached within {timeout_s:g} s ({said}): its node is down, its "
+                "process did not start, or the network does not let it through"
+            ) from error
+        self.host = host
+        self.rank = rank
+        self.world_size = world_size
+
+    def part(self, name: str) -> Store:
+        """A store of its own for one purpose."""
+        return PrefixStore(name, self._store)
+
+    def note(self, key: str, text: str) -> None:
+        """Leaves a note for all."""
+        self._store.set(key, text)
+
+    def read(self, key: str, *, timeout_s: float) -> str | None:
+        """A note that some rank leaves; None if it does not within the time."""
+        try:
+            self._store.wait([key], timedelta(seconds=timeout_s))
+        except RuntimeError:  # torch's DistStoreError
+            return None
+        return bytes(self._store.get(key)).decode()
+
+    def collect(self, key: str, ranks: Iterable[int], *, timeout_s: float) -> dict[int, str]:
+        """The notes ``key/RANK`` of those ranks that leave one within the time; at once when all are there."""
+        deadline = time.monotonic() + timeout_s
+        notes: dict[int, str] = {}
+        missing = list(ranks)
+        while missing:
+            for rank in missing:
+                if self._store.check([f"{key}/{rank}"]):
+                    notes[rank] = bytes(self._store.get(f"{key}/{rank}")).decode()
+            missing = [rank for rank in missing if rank not in notes]
+            if missing and time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_S if missing else 0)
+        return notes
+
+    def meet(self, name: str, *, size: int, timeout_s: float) -> bool:
+        """Returns when ``size`` ranks have called it, or after the time; whether all came."""
+        if self._store.add(f"{name}/arrived", 1) >= size:
+            self._store.set(f"{name}/all", "1")
+        return self.read(f"{name}/all", timeout_s=timeout_s) is not None
