@@ -41,7 +41,7 @@ def _slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 @contextmanager
 def _full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def write(path: Path, tensors: object) -> None:
+    def write(path: Path, *_: object) -> None:
         path.write_bytes(b"a part of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.checkpoint.background import BackgroundWriter
+from training.checkpoint.capture import Captured, capture
 from training.checkpoint.checkpointer import Checkpointer, new_token
 from training.checkpoint.export import LATEST_NAME, delete_epoch_file, epoch_content, saved_epoch, write_epoch_file
 from training.checkpoint.manifest import read_manifest, read_train, verify
-from training.checkpoint.run_state import Captured, RunParts, capture, rewind_before
+from training.checkpoint.run_state import RunParts, rewind_before
 from training.checkpoint.staging import Staging
 from training.checkpoint.tags import Tags, rewind_order
 from training.config import CheckpointConfig
@@ -296,7 +297,8 @@ class Saver:
             raise
         if not runtime.is_main:
             return _Done(step, None, "")
-        path = checkpointer.commit(step, staging, writers=captured.writers, world_size=runtime.world_size)
+        ranks = {"world_size": runtime.world_size, "shard_ranks": captured.shard_ranks}
+        path = checkpointer.commit(step, staging, writers=captured.writers, **ranks)
         num_bytes = sum(facts.size for facts in read_manifest(path).files.values())
         saved = SavedStep(step, stall_ms, num_bytes, time.perf_counter() - start)
         return _Done(step, saved, self._export(path, files))
@@ -324,13 +326,14 @@ class Saver:
             return ""
         try:
             self._checkpointer.check_fence()
-            written = write_epoch_file(
-                self._checkpointer.root,
-                epoch_content(directory, name=self._name, epoch=files.epoch),
-                epoch=files.epoch,
-                numbered=files.numbered,
-                latest=files.latest,
-            )
+            with self._checkpointer.scratch() as scratch:
+                written = write_epoch_file(
+                    self._checkpointer.root,
+                    epoch_content(directory, name=self._name, epoch=files.epoch, scratch=scratch),
+                    epoch=files.epoch,
+                    numbered=files.numbered,
+                    latest=files.latest,
+                )
             for path in written:
                 logger.info("Saved %s.", path)
             if files.delete_epoch is not None:
