@@ -1,6 +1,6 @@
 """The jobs that the scale benchmarks speak of, and every assumption about machines that nobody here could measure.
 
-What is measured or counted is not in this file. A number here is published (with its source), or assumed and said to be.
+What is measured or counted is not in this file. A number here is published, with its source, or assumed and called so.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ HOP_S = 10e-6
 PEAK_TFLOPS = 312.0
 """A100, dense bf16. Published."""
 MFU = 0.40
-"""Of the towers' compute, recomputation counted as work. Assumed: LAION's run reached 0.28, large language models 0.5."""
+"""Of the towers' compute, recomputation counted as work. Assumed: LAION's run reached 0.28."""
 SECONDS_OF_MTTF = 8 * 3600.0
 """Of a job on 1,024 GPUs. Published: 7.9 h on Meta's RSC (arXiv 2410.21680)."""
 

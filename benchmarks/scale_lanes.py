@@ -3,7 +3,7 @@
     python -m benchmarks.scale_lanes
 
 Every rank of every leg is a real ``TrainLoader``, with real lane readers over 231,350 shards; only tar files and
-pictures are missing (a shard holds a few numbered samples). Between two legs the job's position goes through the tensors
+pictures are missing (a shard holds a few numbered samples). Between two legs the position goes through the tensors
 and the JSON of a checkpoint. The last leg deals the unread data anew, to as many lanes as suit its ranks.
 
 A second part compares global batches: with lanes and a batch that all worlds divide, they must be equal as sets.
