@@ -78,10 +78,11 @@ class Clip(nn.Module):
     def forward(self, images: Tensor, texts: Tensor) -> ClipOutput:
         """Encode a batch of pairs: images float [B, 3, H, W], normalised; texts int64 [B, L]."""
         return ClipOutput(
-            image_features=self.encode_image(images, normalize=True),
-            text_features=self.encode_text(texts, normalize=True),
-            logit_scale=_full_precision(self.logit_scale).exp().squeeze(),  # [] or [1] -> []
-            logit_bias=None if self.logit_bias is None else _full_precision(self.logit_bias).squeeze(),
+            image_features=_normalized(self.visual(images)),
+            text_features=_normalized(self._text_features(texts)),
+            # New tensors, not views of parameters: whatever wraps the model puts its hooks on what comes out here.
+            logit_scale=_full_precision(self.logit_scale).squeeze().exp(),  # [] or [1] -> []
+            logit_bias=None if self.logit_bias is None else _full_precision(self.logit_bias).squeeze().clone(),
         )
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
@@ -91,8 +92,12 @@ class Clip(nn.Module):
 
     def encode_text(self, texts: Tensor, normalize: bool = False) -> Tensor:
         """int64 [B, L] -> [B, E]."""
-        features: Tensor = self.text(texts) if self.config.custom_text else encode_texts(self, texts)
+        features = self._text_features(texts)
         return _normalized(features) if normalize else features
+
+    def _text_features(self, texts: Tensor) -> Tensor:
+        features: Tensor = self.text(texts) if self.config.custom_text else encode_texts(self, texts)
+        return features
 
     def _adopt(self, text: TextParts) -> None:
         """Take over the parts of a text tower, in the order in which OpenCLIP registers them."""

@@ -44,9 +44,12 @@ def encode_texts(parts: TextParts, texts: Tensor) -> Tensor:
             f"texts are {length} tokens long, the model's context length is {config.context_length}: "
             f"truncate them, or build it with --force-context-length {length}"
         )
+    tokens = parts.token_embedding(texts)  # [B, L] -> [B, L, D]
     # The low-precision modes keep embeddings in fp32; the residual stream has the precision of the blocks' weights.
-    dtype = parts.transformer.get_parameter("resblocks.0.mlp.c_fc.weight").dtype
-    tokens = parts.token_embedding(texts).to(dtype)  # [B, L] -> [B, L, D]
+    # Under autocast it keeps that of the embeddings: a block's weights may be copies in lower precision then (FSDP).
+    is_autocast = torch.is_autocast_enabled(tokens.device.type)
+    dtype = tokens.dtype if is_autocast else parts.transformer.get_parameter("resblocks.0.mlp.c_fc.weight").dtype
+    tokens = tokens.to(dtype)
     tokens = parts.transformer(tokens + parts.positional_embedding[:length].to(dtype))  # [B, L, D]
     # The norm acts per token, so only the pooled one needs it.
     pooled: Tensor = parts.ln_final(pool_tokens(tokens, texts, config=config))  # [B, L, D] -> [B, D]
