@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from slurm.environment import is_in_step
 from training.cli import parse
 from training.config import Config
 from training.resilience.exit_codes import BAD_USAGE
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     arguments, flags = parser.parse_known_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s | %(message)s")
     try:
-        if arguments.slurm and "SLURM_STEP_ID" not in os.environ:
+        if arguments.slurm and not is_in_step(os.environ):
             raise ValueError(
                 "--slurm, but no srun started this process: `srun clipyard doctor --slurm`, or leave it out"
             )

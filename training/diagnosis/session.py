@@ -17,10 +17,12 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Timer
+from typing import cast
 
 import torch
 
 from slurm.bad_nodes import BAD_NODES_FILE, record_suspects
+from slurm.environment import Task, host_suffix, is_in_job, is_in_step, master_address, master_ports, read_task
 from training.config import Config
 from training.diagnosis.examine import QUICK, THOROUGH, Member, Subject, Team, choose_devices, examine
 from training.diagnosis.findings import RankReport
@@ -63,7 +65,7 @@ def hold_session(order: Order, environment: Mapping[str, str]) -> int:
         report = _examine(order, environment, place, node, Team((member,)), secrets.token_hex(4), None)
         return _conclude(order, environment, [report], ())
     try:
-        roll_call = _join(environment, place, order.arrival_limit_s)
+        roll_call = _join(order, environment, place)
     except RuntimeError as error:
         logger.error("%s: %s", node, error)
         return BAD_USAGE if place.rank == 0 else 0
@@ -93,7 +95,7 @@ def _hold_together(order: Order, environment: Mapping[str, str], place: Place, n
         return 0
     texts = roll_call.collect("report", [member.rank for member in team.members], timeout_s=_REPORT_LIMIT_S)
     reports = [RankReport.from_json(texts[rank]) for rank in sorted(texts)]
-    absent = find_absent(place.world_size, team, set(texts), expected_nodes=expected_nodes(environment))
+    absent = find_absent(place.world_size, team, set(texts), expected=_expected_ranks(environment))
     code = _conclude(order, environment, reports, absent)
     roll_call.note("verdict", str(code))
     roll_call.collect("left", [rank for rank in texts if rank != 0], timeout_s=_LEAVING_LIMIT_S)
@@ -102,19 +104,9 @@ def _hold_together(order: Order, environment: Mapping[str, str], place: Place, n
 
 def find_place(environment: Mapping[str, str]) -> Place:
     """As the trainer, but a shell within an allocation, where srun started nothing, is one process."""
-    if in_allocation(environment) and not started_by_srun(environment) and "RANK" not in environment:
+    if is_in_job(environment) and not is_in_step(environment) and "RANK" not in environment:
         return Place(0, 0, 1)
     return read_place(environment)
-
-
-def in_allocation(environment: Mapping[str, str]) -> bool:
-    """Whether this is a process of a SLURM job."""
-    return "SLURM_JOB_ID" in environment
-
-
-def started_by_srun(environment: Mapping[str, str]) -> bool:
-    """Whether this is a task of a step."""
-    return "SLURM_STEP_ID" in environment
 
 
 def node_name(environment: Mapping[str, str]) -> str:
@@ -122,25 +114,24 @@ def node_name(environment: Mapping[str, str]) -> str:
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def find_absent(
-    world_size: int, team: Team, reported: set[int], *, expected_nodes: Sequence[str]
-) -> tuple[Absent, ...]:
-    """Who did not come, and who came and fell silent. Pure."""
-    absent = []
+def find_absent(world_size: int, team: Team, reported: set[int], *, expected: Mapping[str, int]) -> tuple[Absent, ...]:
+    """Who did not come, and who came and fell silent. Pure.
+
+    Args:
+        expected: ranks on each node, by SLURM; empty where there is none.
+    """
+    silent_nodes = [node for node in expected if not team.on(node)]
+    if len(silent_nodes) > 1 and len(team.nodes) == 1:
+        why = f"none of the other {len(silent_nodes)} nodes could reach this one: its network is broken"
+        return (Absent(team.nodes[0], (), why),)
+    absent = [Absent(node, (), "none of its ranks came in time") for node in silent_nodes]
+    for node, count in expected.items():
+        if 0 < len(team.on(node)) < count:
+            absent.append(Absent(node, (), f"only {len(team.on(node))} of its {count} ranks came in time"))
     arrived = {member.rank for member in team.members}
     missing = tuple(rank for rank in range(world_size) if rank not in arrived)
-    silent_nodes = [node for node in expected_nodes if node not in team.nodes]
-    if len(silent_nodes) > 1 and len(team.nodes) == 1:
-        # All others, or this one? Nobody that is cut off from everybody can call the others missing.
-        why = f"none of the other {len(silent_nodes)} nodes could reach this one: its network"
-        return (Absent(team.nodes[0], (), why),)
-    absent += [Absent(node, (), "none of its ranks came in time") for node in silent_nodes]
-    if missing and not silent_nodes:
-        most = max(len(team.on(node)) for node in team.nodes)
-        short = [node for node in team.nodes if len(team.on(node)) < most]
-        absent += [Absent(node, (), f"only {len(team.on(node))} of {most} ranks came in time") for node in short]
-        if not short:
-            absent.append(Absent("", missing, "did not come in time; their nodes are not known"))
+    if missing and not absent:
+        absent.append(Absent("", missing, "did not come in time; on which nodes they are is not known"))
     for node in team.nodes:
         silent = tuple(member.rank for member in team.on(node) if member.rank not in reported)
         if silent:
@@ -148,21 +139,33 @@ def find_absent(
     return tuple(absent)
 
 
-def _join(environment: Mapping[str, str], place: Place, limit_s: float) -> RollCall:
+def _expected_ranks(environment: Mapping[str, str]) -> dict[str, int]:
+    task = read_task(environment)
+    return {} if task is None else dict(zip(task.nodes, task.tasks_per_node, strict=True))
+
+
+def _join(order: Order, environment: Mapping[str, str], place: Place) -> RollCall:
+    task = read_task(environment)
     host, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
-    if not host or not port:
-        raise ValueError(f"{place.world_size} processes, but MASTER_ADDR and MASTER_PORT are not set")
-    return RollCall(host, int(port), rank=place.rank, world_size=place.world_size, timeout_s=limit_s)
-
-
-def expected_nodes(environment: Mapping[str, str]) -> list[str]:
-    """Those of the step, by SLURM; none where there is no SLURM."""
-    return []
-
-
-def compress(nodes: Sequence[str]) -> str:
-    """Node names in SLURM's short form."""
-    return ",".join(nodes)
+    if task is None and not (host and port):
+        raise ValueError(
+            f"{place.world_size} processes, but MASTER_ADDR and MASTER_PORT are not set, so they cannot find each "
+            "other: start with srun or torchrun"
+        )
+    if not host:
+        assert task is not None
+        host = master_address(task, suffix=host_suffix(order.config.engine.slurm_host_suffix, environment))
+    if port and not port.isdecimal():
+        raise ValueError(f"MASTER_PORT={port!r} is not a number: unset it, or correct it")
+    ports = (int(port),) if port else master_ports(cast(Task, task))
+    return RollCall(
+        host,
+        ports,
+        identity=environment.get("TORCHELASTIC_RUN_ID", "") if task is None else task.identity,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout_s=order.arrival_limit_s,
+    )
 
 
 def _member(order: Order, place: Place, node: str) -> Member:
@@ -195,7 +198,7 @@ def _conclude(
 ) -> int:
     """Rank 0 judges, prints and writes."""
     diagnosis = judge(reports, absent=absent)
-    sys.stdout.write(render(diagnosis, reports, compress=compress))
+    sys.stdout.write(render(diagnosis, reports))
     sys.stdout.flush()
     try:
         if order.run is not None:

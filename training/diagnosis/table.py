@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from slurm.node_list import compress
 from training.diagnosis.findings import Finding, Level, RankReport, Rate
 from training.diagnosis.judge import Diagnosis, NodeVerdict
 
@@ -17,13 +18,9 @@ _RATE_COLUMNS = {
 }
 
 
-def render(diagnosis: Diagnosis, reports: Sequence[RankReport], *, compress: Callable[[Sequence[str]], str]) -> str:
-    """The whole text.
-
-    Args:
-        compress: node names to SLURM's short form.
-    """
-    parts = [_table(diagnosis, reports), _findings(diagnosis, compress)]
+def render(diagnosis: Diagnosis, reports: Sequence[RankReport]) -> str:
+    """The whole text."""
+    parts = [_table(diagnosis, reports), _findings(diagnosis)]
     among_all = [rate for report in reports for rate in report.rates if rate.check == "all-reduce among all"]
     if among_all:
         parts.append(f"All-reduce among all: {among_all[0].value:.3g} GB/s ({among_all[0].kind}).\n")
@@ -71,7 +68,7 @@ def _slowest(rates: Sequence[Rate], check: str) -> str:
     return f"{min(values):.3g}" if values else ""
 
 
-def _findings(diagnosis: Diagnosis, compress: Callable[[Sequence[str]], str]) -> str:
+def _findings(diagnosis: Diagnosis) -> str:
     """The worst first. The same sentence stands once, with the nodes it is about."""
     job = [(finding, "all nodes") for finding in diagnosis.job]
     lines = [_line(finding, nodes) for finding, nodes in sorted(job, key=lambda entry: -entry[0].level)]

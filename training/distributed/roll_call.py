@@ -8,50 +8,75 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 _POLL_S = 0.1
+_ATTEMPT = timedelta(seconds=3)
 
 
 class RollCall:
     """The notes of a job's ranks. Nothing here is a collective."""
 
-    def __init__(self, host: str, port: int, *, rank: int, world_size: int, timeout_s: float) -> None:
-        """Rank 0 opens the store, the others connect to it.
+    def __init__(
+        self, host: str, ports: Sequence[int], *, identity: str, rank: int, world_size: int, timeout_s: float
+    ) -> None:
+        """Rank 0 opens the store at the first port that is free, the others look for it.
+
+        Args:
+            identity: of this start of the job; what answers under another one is not ours.
 
         Raises:
-            RuntimeError: it cannot be opened, or reached within ``timeout_s``.
+            RuntimeError: no port is free, or none of them answers within ``timeout_s``.
         """
-        # torchrun's agent has a store of its own at this address already.
-        opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        try:
-            self._store = TCPStore(
-                host,
-                port,
-                world_size,
-                is_master=opens,
-                timeout=timedelta(seconds=timeout_s),
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
-        except RuntimeError as error:
-            said = str(error).splitlines()[0]
-            if opens:
-                raise RuntimeError(
-                    f"rank 0 cannot listen at {host}:{port} ({said}): another process may have the port; export "
-                    "another MASTER_PORT"
-                ) from error
-            raise RuntimeError(
-                f"rank 0 at {host}:{port} cannot be reached within {timeout_s:g} s ({said}): its node is down, its "
-                "process did not start, or the network does not let it through"
-            ) from error
         self.host = host
         self.rank = rank
         self.world_size = world_size
+        # torchrun's agent has a store at this address already.
+        opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        if opens:
+            self._store = self._open(ports)
+            self.note("identity", identity)
+        else:
+            if rank == 0:
+                TCPStore(host, ports[0], world_size, timeout=_ATTEMPT, multi_tenant=True).set("identity", identity)
+            self._store = self._find(ports, identity, timeout_s)
+
+    def _open(self, ports: Sequence[int]) -> Store:
+        for port in ports:
+            try:
+                return TCPStore(
+                    self.host, port, self.world_size, is_master=True, wait_for_workers=False, multi_tenant=True
+                )
+            except RuntimeError as error:
+                said = str(error).splitlines()[0]
+        raise RuntimeError(
+            f"rank 0 cannot listen at {self.host}, port {' or '.join(map(str, ports))} ({said}): another process may "
+            "have it; export another MASTER_PORT"
+        )
+
+    def _find(self, ports: Sequence[int], identity: str, timeout_s: float) -> Store:
+        """Again and again: rank 0 may come later, and another program may have the first port."""
+        deadline = time.monotonic() + timeout_s
+        said = "no answer"
+        while time.monotonic() < deadline:
+            for port in ports:
+                try:
+                    store = TCPStore(self.host, port, self.world_size, timeout=_ATTEMPT, wait_for_workers=False)
+                    if bytes(store.get("identity")).decode() == identity:
+                        store.set_timeout(timedelta(minutes=5))
+                        return store
+                    said = "another job answers"
+                except RuntimeError as error:
+                    said = str(error).splitlines()[0]
+            time.sleep(_POLL_S)
+        raise RuntimeError(
+            f"rank 0 cannot be reached at {self.host}, port {' or '.join(map(str, ports))} within {timeout_s:g} s "
+            f"({said}): its node is down, its process did not start, or the network does not let it through"
+        )
 
     def part(self, name: str) -> Store:
         """A store of its own for one purpose."""
