@@ -14,7 +14,7 @@ import math
 import pickle
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -50,6 +50,8 @@ COPY_GB_S = 20.0
 """Device to page-locked host memory. Assumed: PCIe 4."""
 _SHARDED = (8, WORLD)
 """Ranks of one copy: HSDP within a node, and FSDP over all."""
+_FILES_BESIDE = 4
+"""rng, data, train.json, MANIFEST.json."""
 T = TypeVar("T")
 
 
@@ -149,7 +151,8 @@ def measure_capture(model: str, world: int) -> dict[str, Any]:
         _, verify_s = _timed(lambda: [describe(place / name) for name in files])
     return {
         "model": model,
-        "writers": list(captured.writers),
+        # Not captured.writers: to each rank of a fake world all others are the same one.
+        "writers": choose_writers(12 * sum(map(torch.numel, built.model.parameters())), world_size=world),
         "share_bytes": share.nbytes,
         "first_capture_s": first_s,
         "capture_s": stall_s,
@@ -163,25 +166,32 @@ def measure_capture(model: str, world: int) -> dict[str, Any]:
 
 
 def plan(model: str, world: int) -> dict[str, Any]:
-    """Files and bytes; with DDP by the code that spreads them, with sharding every rank of a copy writes its rows."""
+    """Files and bytes, by the code that chooses writers and spreads tensors over them."""
     config = load_model_config(model)
-    sizes = {name: tensor.nbytes for name, tensor in build_model(config, device="meta").state_dict().items()}
-    moments = {f"{name}//{key}": size for name, size in sizes.items() for key in ("exp_avg", "exp_avg_sq")}
-    total = sum(sizes.values()) + sum(moments.values())
-    writers = choose_writers(total, world_size=world)
-    shares = [
-        sum(sizes[name] for name in weights) + sum(moments[name] for name in states)
-        for weights, states in zip(spread(sizes, len(writers)), spread(moments, len(writers)), strict=True)
-    ]
-    beside = 4  # rng, data, train.json, MANIFEST.json
-    plans = {"DDP": {"writers": len(writers), "files": 2 * len(writers) + beside, "largest_share": max(shares)}}
-    for ranks in _SHARDED:
-        if ranks <= world:
-            name = f"HSDP-{ranks}" if ranks < world else "FSDP"
-            plans[name] = {"writers": ranks, "files": 2 * ranks + beside, "largest_share": math.ceil(total / ranks)}
-    for entry in plans.values():
-        entry |= times(total, entry["largest_share"])
-    return {"model": model, "bytes": total, "spread": min(shares) / max(shares), "plans": plans}
+    weights = {name: tensor.nbytes for name, tensor in build_model(config, device="meta").state_dict().items()}
+    moments = {f"{name}//{key}": size for name, size in weights.items() for key in ("exp_avg", "exp_avg_sq")}
+    total = sum(weights.values()) + sum(moments.values())
+    plans = {}
+    for ranks in (1, *(ranks for ranks in _SHARDED if ranks <= world)):
+        copies = len(choose_writers(total // ranks, world_size=world // ranks))
+        shares = [
+            sum(parts) for parts in zip(*(_shares(sizes, ranks, copies) for sizes in (weights, moments)), strict=True)
+        ]
+        writers = ranks * copies
+        plans["DDP" if ranks == 1 else "FSDP" if ranks == world else f"HSDP-{ranks}"] = {
+            "writers": writers,
+            "files": 2 * writers + _FILES_BESIDE,
+            "largest_share": max(shares),
+            "least_of_largest": min(shares) / max(shares),
+            **times(total, max(shares)),
+        }
+    return {"model": model, "bytes": total, "plans": plans}
+
+
+def _shares(sizes: Mapping[str, int], ranks: int, copies: int) -> list[int]:
+    """Bytes of each of a shard's writers; sharded tensors are as good as evenly cut."""
+    rows = {name: math.ceil(size / ranks) for name, size in sizes.items()}
+    return [sum(rows[name] for name in names) for names in spread(rows, copies)]
 
 
 def times(total: int, largest_share: int) -> dict[str, float]:
