@@ -21,6 +21,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from slurm.node_list import expand
 from training.resilience.hang import blamed_ranks
 
 BAD_NODES_FILE = "bad_nodes.jsonl"
@@ -126,7 +127,7 @@ def blame(run: Path, nodes: Sequence[str], *, tasks: int, since: datetime, messa
         if node in nodes and "credential" not in reason:
             found.setdefault(node, f"SLURM cannot start tasks there: {reason}")
     # What is wrong everywhere is not wrong with a node.
-    return list(found.items()) if 2 * len(found) <= len(nodes) else []
+    return list(found.items()) if len(found) == 1 or 2 * len(found) <= len(nodes) else []
 
 
 def _divergences(run: Path, since: datetime) -> list[tuple[Sequence[int], str]]:
@@ -190,17 +191,6 @@ def usable_nodes(partition: str) -> set[str] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {node for node, state in map(str.split, shown.splitlines()) if state in _USABLE_STATES}
-
-
-def expand(nodes: str) -> list[str]:
-    """The names that a list in SLURM's notation stands for, asked of SLURM; as it is where there is none."""
-    if not nodes:
-        return []
-    try:
-        command = ["scontrol", "show", "hostnames", nodes]
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return nodes.split(",")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

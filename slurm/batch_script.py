@@ -155,7 +155,8 @@ def _variables(job: BatchJob, site: Site) -> list[str]:
         'trainer=("$python" -u -m training.main --config "$run/submit.yaml" --resume latest '
         f"{shlex.join(job.trainer_flags)})".replace(" )", ")"),
     ]
-    look = f'"$python" -u -m training.commands.main doctor --slurm --run "$run" {shlex.join(job.preflight_flags)}'
+    look = '"$python" -u -m training.commands.main doctor --slurm --run "$run" --config "$run/submit.yaml" '
+    look += shlex.join(job.preflight_flags)
     return [*lines, f"preflight=({look.rstrip() if job.preflight else ''})"]
 
 

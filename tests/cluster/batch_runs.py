@@ -21,7 +21,7 @@ from typing import Any
 from slurm.batch_script import BatchJob, render
 from tests.cluster.cluster import REPOSITORY, Cluster, Job
 
-_PLANNED_TRAINER = '''
+_PLANNED_TRAINER = """
 import json, os, signal, sys, time
 from datetime import datetime
 from pathlib import Path
@@ -34,7 +34,10 @@ requested = []
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda number, frame: requested.append(signal.Signals(number).name))
 print(f"start {start} of {PART} on {os.environ['SLURMD_NODENAME']}", *sys.argv[1:], flush=True)
-for line in (run / PART).read_text().splitlines()[start].split(";"):
+plan = (run / PART).read_text().splitlines()[start]
+if "--name" in sys.argv:  # one task of an array
+    run = run.with_name(sys.argv[sys.argv.index("--name") + 1])
+for line in plan.split(";"):
     act, *arguments = line.split()
     if act == "save" and rank == 0:
         (run / f"checkpoints/step_{int(arguments[0]):08d}").mkdir(parents=True)
@@ -64,7 +67,7 @@ for line in (run / PART).read_text().splitlines()[start].split(";"):
             time.sleep(0.05)
         if rank == 0:
             write_sentinel(run, signal_name=requested[0], step=7)
-'''
+"""
 
 
 def planned_run(directory: Path, name: str, *starts: str, preflight: tuple[str, ...] = (), **fields: Any) -> BatchJob:
