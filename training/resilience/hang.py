@@ -7,9 +7,10 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 _BLAMED = re.compile(
-    r"hang: ranks? ([\d, .]+?)(?:, or the launcher| (?:is|are) silent| \(process \d+ on \S+\) has made no progress)"
+    r"hang: ranks? ([\d, .]+?)"
+    r"(?:, or the launcher| (?:is|are) silent| \(process \d+ on \S+\) (?:has made no progress|gave no sign of life))"
 )
-"""The beginning of what the functions below say of a rank."""
+"""The beginning of what the functions below, and the heartbeat's monitor, say of a rank."""
 
 
 class Note(NamedTuple):
