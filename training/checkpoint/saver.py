@@ -76,8 +76,13 @@ class Saver:
         run_config: Mapping[str, Any],
         name: str,
         epochs: int,
+        epoch_files: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """
+        Args:
+            epoch_files: whether OpenCLIP's files are made of what is saved (not with ``--fsdp-checkpoint sharded``).
+        """
         self._config = config
         self._checkpointer = checkpointer
         self._parts = parts
@@ -85,6 +90,7 @@ class Saver:
         self._run_config = run_config
         self._name = name
         self._epochs = epochs
+        self._epoch_files = epoch_files
         self._clock = clock
         self._staging = Staging(runtime.device)
         if runtime.is_main:
@@ -231,6 +237,8 @@ class Saver:
             raise RuntimeError(f"The last save of the run failed ({self._last_fault}): {self._remedy()}")
 
     def _files_due(self, epoch: int) -> EpochFiles:
+        if not self._epoch_files:
+            return EpochFiles(epoch, numbered=False, latest=False)
         frequency = self._config.save_frequency
         numbered = epoch == self._epochs or (frequency > 0 and epoch % frequency == 0)
         deletes = self._config.delete_previous_checkpoint and numbered and frequency > 0

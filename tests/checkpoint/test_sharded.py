@@ -1,0 +1,149 @@
+"""Checkpoints of a model whose rows are spread over ranks, and what becomes of them on other numbers of ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.checkpoint import sharded_jobs as jobs
+from tests.checkpoint.tiny_run import same, state_of, tiny_parts, train_steps
+from tests.distributed.launch import run_ranks
+from training.checkpoint.checkpointer import Checkpointer, check_usable, read_step_checkpoint
+from training.checkpoint.manifest import read_manifest
+from training.checkpoint.pieces import find_pieces
+from training.checkpoint.tensor_file import read_entries
+
+
+@pytest.fixture(scope="module")
+def saved_by_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Steps 1 and 2 of a run on four ranks that share one copy; to be read only."""
+    root = tmp_path_factory.mktemp("four")
+    for _ in range(2):
+        run_ranks(4, jobs.resume_train_save, str(root), 0)
+    return root
+
+
+def _expected(steps: int) -> dict[str, torch.Tensor]:
+    parts = tiny_parts()
+    train_steps(parts, steps)
+    return state_of(parts)
+
+
+def test_a_run_goes_from_world_to_world_as_one_that_was_never_stopped(tmp_path: Path) -> None:
+    """2 -> 4 -> alone -> 2 with DDP -> 3 -> 2 copies on 2 ranks each; no bit of weights and moments is lost."""
+    saved = state_of(tiny_parts())
+    for step, (world_size, shard_ranks) in enumerate([(2, 0), (4, 0), (1, None), (2, None), (3, 0), (4, 2)]):
+        links = run_ranks(world_size, jobs.resume_train_save, str(tmp_path), shard_ranks)
+        assert all(same(link.restored, saved) for link in links), (step, world_size)
+        assert all(same(link.trained, links[0].trained) for link in links)
+        saved = links[0].trained
+        check_usable(Checkpointer(tmp_path).path(step + 1))
+    for name, tensor in _expected(6).items():  # an update of 11 rows is not rounded as one of 32
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_each_rank_writes_its_own_rows_and_none_a_whole_tensor(saved_by_four: Path) -> None:
+    step = saved_by_four / "step_00000002"
+    manifest = read_manifest(step)
+    assert (manifest.world_size, manifest.shard_ranks) == (4, 4)
+    assert json.loads((step / "MANIFEST.json").read_text())["format"] == 3
+    files = sorted(step.glob("model-*-of-00004.safetensors"))
+    with safe_open(files[1], "pt") as file:  # the library reads it like any other
+        rows = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no dict
+        assert rows["token_embedding.weight"] == (16, 32)
+        assert "logit_scale" not in rows
+        assert json.loads(file.metadata()["pieces"])["token_embedding.weight"] == [[64, 32], 16]
+    sizes = [path.stat().st_size for path in sorted(step.glob("optimizer-*"))]
+    assert len(sizes) == 4
+    assert max(sizes) < 0.35 * sum(sizes)
+
+
+def test_ranks_without_rows_of_a_tensor_write_none_of_it(saved_by_four: Path) -> None:
+    """Five positions for four ranks: 2, 2, 1 and none."""
+    counts = []
+    for file in sorted((saved_by_four / "step_00000001").glob("model-*")):
+        with safe_open(file, "pt") as tensors:
+            name = "visual.positional_embedding"
+            counts.append(tensors.get_slice(name).get_shape()[0] if name in tensors.keys() else 0)  # noqa: SIM118
+    assert counts == [2, 2, 1, 0]
+
+
+def test_copies_share_the_writing_between_them(tmp_path: Path) -> None:
+    """As a large model would be: both copies of a 2 x 2 run write, each half of its rows."""
+    links = run_ranks(4, jobs.resume_train_save_in_parts, str(tmp_path), 2)
+    both = Checkpointer(tmp_path).path(1)
+    files = {file: read_entries(file) for file in sorted(both.glob("optimizer-*-of-00004.safetensors"))}
+    sizes = [sum(entry.nbytes for entry in entries) for entries in files.values()]
+    assert len(sizes) == 4
+    assert max(sizes) < 0.3 * sum(sizes)
+    assert len(find_pieces(files)["visual.proj//exp_avg"]) == 2
+    assert same(run_ranks(1, jobs.restore_path, str(both), None)[0], links[0].trained)
+
+
+def test_what_reads_a_checkpoint_as_a_whole_gets_whole_tensors(saved_by_four: Path) -> None:
+    read, expected = read_step_checkpoint(saved_by_four / "step_00000002"), _expected(2)
+    assert same({**read.model, **read.optimizer}, expected)
+    assert list(read.train["weights"]) == list(tiny_parts().model.state_dict())
+
+
+@pytest.mark.parametrize("shard_ranks", [0, 1])
+def test_a_rewind_brings_every_rank_its_rows(tmp_path: Path, shard_ranks: int) -> None:
+    for step, state, stands_at in run_ranks(2, jobs.rewind, str(tmp_path), shard_ranks):
+        assert (step, stands_at) == (1, 3)
+        assert same(state, _expected(1))
+
+
+@pytest.mark.parametrize("shard_ranks", [None, 0])
+def test_a_run_that_only_evaluates_gets_the_weights(saved_by_four: Path, shard_ranks: int | None) -> None:
+    path = str(saved_by_four / "step_00000002")
+    weights = {name: tensor for name, tensor in _expected(2).items() if "//" not in name}
+    for epoch, state in run_ranks(2, jobs.restore_weights_only, path, shard_ranks):
+        assert epoch == 1
+        assert same(state, weights)
+
+
+def test_epoch_files_are_those_of_a_run_without_sharding(tmp_path: Path) -> None:
+    run_ranks(3, jobs.save_epoch, str(tmp_path / "sharded"), 0, True)
+    run_ranks(1, jobs.save_epoch, str(tmp_path / "whole"), None, True)
+    for name in ("epoch_1.pt", "epoch_latest.pt"):
+        sharded, whole = (torch.load(tmp_path / run / name, weights_only=True) for run in ("sharded", "whole"))
+        assert list(sharded["state_dict"]) == list(whole["state_dict"])
+        assert same(sharded["state_dict"], whole["state_dict"])
+        assert sharded["optimizer"]["param_groups"] == whole["optimizer"]["param_groups"]
+        for number, values in whole["optimizer"]["state"].items():
+            assert same(sharded["optimizer"]["state"][number], values)
+    assert not list((tmp_path / "sharded").glob(".tmp*")), "the whole tensors were left behind"
+
+
+def test_without_epoch_files_there_are_step_checkpoints_only(tmp_path: Path) -> None:
+    run_ranks(2, jobs.save_epoch, str(tmp_path), 0, False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step_00000001"]
+
+
+@pytest.mark.parametrize(("world_size", "shard_ranks"), [(3, 0), (4, 2), (2, None)])
+def test_an_epoch_file_with_its_optimizer_goes_on_with_sharding(
+    tmp_path: Path, world_size: int, shard_ranks: int | None
+) -> None:
+    run_ranks(1, jobs.save_epoch, str(tmp_path), None, True)
+    for state in run_ranks(world_size, jobs.restore_path, str(tmp_path / "epoch_1.pt"), shard_ranks):
+        assert same(state, _expected(1))
+
+
+def test_rows_that_no_writer_has_written_make_no_checkpoint(tmp_path: Path) -> None:
+    assert run_ranks(2, jobs.lose_rows, str(tmp_path)) == [False, False]
+    assert not Checkpointer(tmp_path).steps()
+
+
+def test_a_bit_that_flips_in_the_rows_of_one_rank_is_seen_by_all(saved_by_four: Path) -> None:
+    for error in run_ranks(2, jobs.restore_a_flipped_bit, str(saved_by_four / "step_00000002"), 0):
+        assert "the ranks [0, 1] (each 2 in a row share a copy) hold other bits than its files" in error
+        assert "first in 'visual.proj//exp_avg'" in error
+
+
+def test_of_several_copies_the_one_with_other_bits_is_named(saved_by_four: Path) -> None:
+    for error in run_ranks(4, jobs.restore_a_flipped_bit, str(saved_by_four / "step_00000002"), 2):
+        assert "the ranks [0, 1] (each 2 in a row share a copy) hold other bits" in error
