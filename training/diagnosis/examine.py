@@ -48,15 +48,15 @@ class Depth(NamedTuple):
 
     seconds: float
     """Of matrix products, checked and timed each."""
-    pair_rounds: int
+    pairs_per_node: int
     nccl_bytes: int
     gloo_bytes: int
     thorough: bool
     """Also loads modules, and measures an all-reduce of all ranks."""
 
 
-THOROUGH = Depth(1.0, pair_rounds=3, nccl_bytes=256 << 20, gloo_bytes=16 << 20, thorough=True)
-QUICK = Depth(0.25, pair_rounds=2, nccl_bytes=64 << 20, gloo_bytes=4 << 20, thorough=False)
+THOROUGH = Depth(1.0, pairs_per_node=3, nccl_bytes=256 << 20, gloo_bytes=16 << 20, thorough=True)
+QUICK = Depth(0.25, pairs_per_node=2, nccl_bytes=64 << 20, gloo_bytes=4 << 20, thorough=False)
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,8 @@ def _measure_links(
     if len(own) > 1:
         reduce(f"node {subject.node}", IN_NODE, own)
     pairs: dict[str, float | None] = {}
-    for number, dealt in enumerate(pairings(team.nodes, rounds=depth.pair_rounds)):
+    rounds = depth.pairs_per_node + len(team.nodes) % 2  # of an odd number, each round leaves one node out
+    for number, dealt in enumerate(pairings(team.nodes, rounds=rounds)):
         roll_call.meet(f"round {number}", size=len(team.measured_ranks()), timeout_s=_MEETING_LIMIT_S)
         for pair in (pair for pair in dealt if subject.node in pair):
             (partner,) = (node for node in pair if node != subject.node)

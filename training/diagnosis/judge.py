@@ -236,15 +236,13 @@ def _connected(leaders: Sequence[RankReport]) -> list[list[str]]:
 def _compare_pairs(reports: Sequence[RankReport]) -> _Blamed:
     """A node is as fast as with its best partner: a good one has at least one good partner in several rounds."""
     paired = [report for report in reports if report.leads and report.pairs]
-    best: list[tuple[str, float]] = []
+    best = [(report.node, max(rates)) for report in paired if (rates := _rates_of(report))]
+    cut_off = {report.node for report in paired if len(report.pairs) > 1 and not _rates_of(report)}
     for report in paired:
         partners = ", ".join(report.pairs)
-        rates = [rate for rate in report.pairs.values() if rate is not None]
-        if rates:
-            best.append((report.node, max(rates)))
-        elif len(report.pairs) > 1:
+        if report.node in cut_off:
             yield report.node, bad(_PAIRS_CHECK, f"failed with each of {partners}: its network is broken")
-        else:
+        elif not _rates_of(report) and cut_off.isdisjoint(report.pairs):
             text = f"failed with {partners}, its only partner: the network of one of the two is broken"
             yield report.node, bad(_PAIRS_CHECK, text)
     if len(best) <= _FEW_NODES:
@@ -257,6 +255,10 @@ def _compare_pairs(reports: Sequence[RankReport]) -> _Blamed:
         if level is not Level.OK:
             text = f"{rate:.3g} GB/s with its best partner, the others {others:.3g} ({rate / others:.0%})"
             yield node, Finding(_PAIRS_CHECK, level, text)
+
+
+def _rates_of(report: RankReport) -> list[float]:
+    return [rate for rate in report.pairs.values() if rate is not None]
 
 
 def _note_absent(absent: Sequence[Absent]) -> _Blamed:

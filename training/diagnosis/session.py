@@ -12,7 +12,8 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,7 +60,11 @@ def hold_session(order: Order, environment: Mapping[str, str]) -> int:
     """
     place = find_place(environment)
     node = node_name(environment)
-    _end_in_any_case(place, node, order.arrival_limit_s + _EXAMINATION_LIMIT_S)
+    with _ending_in_any_case(place, node, order.arrival_limit_s + _EXAMINATION_LIMIT_S):
+        return _hold(order, environment, place, node)
+
+
+def _hold(order: Order, environment: Mapping[str, str], place: Place, node: str) -> int:
     if place.world_size == 1:
         member = Member(0, node, 0, "")
         report = _examine(order, environment, place, node, Team((member,)), secrets.token_hex(4), None)
@@ -232,7 +237,8 @@ def _as_json(diagnosis: Diagnosis, reports: Sequence[RankReport]) -> dict[str, o
     }
 
 
-def _end_in_any_case(place: Place, node: str, limit_s: float) -> None:
+@contextmanager
+def _ending_in_any_case(place: Place, node: str, limit_s: float) -> Iterator[None]:
     """A native call that never returns must not keep an allocation."""
 
     def end() -> None:
@@ -243,6 +249,10 @@ def _end_in_any_case(place: Place, node: str, limit_s: float) -> None:
     timer = Timer(limit_s, end)
     timer.daemon = True
     timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _number(text: str) -> int:
