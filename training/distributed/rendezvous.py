@@ -61,6 +61,8 @@ def meet(dist_url: str | None, seat: Seat, *, suffix: str, timeout: timedelta = 
         store: Store = next(iter(rendezvous(url, seat.rank, seat.world_size, timeout=timeout)))[0]
     else:
         meeting = choose_meeting(url, os.environ, seat, suffix=suffix)
+        if not os.environ.get("MASTER_PORT"):
+            os.environ.pop("MASTER_PORT", None)  # torch's store takes offence at an empty one
         check_address(meeting, seat)
         store = _listen(meeting, seat, timeout) if seat.rank == 0 else _find(meeting, seat, timeout)
     _call_the_roll(PrefixStore("roll_call", store), seat, timeout=timeout, started=started)
