@@ -29,6 +29,7 @@ import shutil
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +61,9 @@ _TEMPORARY_PREFIX = ".tmp-"
 _TEMPORARY_NAME = re.compile(r"\.tmp-.+-g(\d{8,})-[0-9a-f]{8}(\.\w+)?")
 _ASIDE_NAME = re.compile(r"\.tmp-aside-(step_\d{8,})-g\d{8,}-[0-9a-f]{8}")
 _RECEIPT_TIMEOUT_S = 1800.0
+_HELD: Counter[Path] = Counter()
+"""Checkpoints that are being read, by how many; of this process, whose mirror has a ``Checkpointer`` of its own."""
+_HELD_LOCK = threading.Lock()
 _POLL_S = 0.02
 
 
@@ -284,6 +288,21 @@ class Checkpointer:
             shutil.rmtree(directory, ignore_errors=True)
             self._in_flight.discard(directory)
 
+    @contextlib.contextmanager
+    def hold(self, step: int) -> Iterator[None]:
+        """Within the block retention leaves the checkpoint of a step alone, whichever object of this process does it.
+
+        For who reads it over a long time beside the training.
+        """
+        path = self.path(step).absolute()
+        with _HELD_LOCK:
+            _HELD[path] += 1
+        try:
+            yield
+        finally:
+            with _HELD_LOCK:
+                _HELD[path] -= 1
+
     def check_fence(self) -> None:
         """Returns if this process still owns the run; otherwise raises what the fence raises, and remembers it.
 
@@ -429,7 +448,7 @@ class Checkpointer:
             logger.warning("%s is back: a crash had hit while it was being replaced.", final)
 
     def _doomed(self, tags: Tags) -> list[int]:
-        return steps_to_delete(
+        doomed = steps_to_delete(
             self.steps(),
             keep=self.keep,
             every=self.keep_every,
@@ -437,6 +456,8 @@ class Checkpointer:
             verified=self._verified,
             damaged=self._damaged,
         )
+        with _HELD_LOCK:
+            return [step for step in doomed if _HELD[self.path(step).absolute()] == 0]
 
     def _read_newest_back(self, tags: Tags) -> bool:
         """Reads back as many of the newest as a run must never have fewer of; returns whether one is damaged."""

@@ -196,6 +196,16 @@ class Saver:
         self._checkpointer.change_tags(lambda tags: tags.with_good(step))
         return True
 
+    def untagged(self) -> list[int]:
+        """Checkpoints up to where the run stands of which nothing is known yet. On rank 0; on other ranks none.
+
+        When a run starts again, training may go on well from those that were saved before.
+        """
+        if not self._runtime.is_main:
+            return []
+        tags, here = self._checkpointer.tags(), self._parts.state.step
+        return [step for step in self._checkpointer.steps() if step <= here and step not in tags.good | tags.suspect]
+
     def tag_suspect(self, from_step: int) -> list[int]:
         """Marks the checkpoints from a step on, also one that is being written; returns their steps. On rank 0."""
         if not self._runtime.is_main:
