@@ -54,13 +54,14 @@ def test_the_end_of_a_start_decides_what_follows(cluster: Cluster, tmp_path: Pat
 
 
 def _asked_and_stopped(cluster: Cluster, tmp_path: Path, name: str) -> Job:
-    job = submit(cluster, planned_run(tmp_path, name, "await", "exit 0"))
+    job = submit(cluster, planned_run(tmp_path, name, "await", "exit 0", partition="low"))
     job.wait_for_text("start 0", tmp_path / name / "slurm/rank-00000.log")
     return job
 
 
 def test_a_signal_requeues_and_a_cancel_does_not(cluster: Cluster, tmp_path: Path) -> None:
     names = ("asked", "cancelled", "forbidden", "told-ranks")
+    # Where SLURM may preempt a job, it says more about it.
     asked, cancelled, forbidden, told_ranks = (_asked_and_stopped(cluster, tmp_path, name) for name in names)
     asked.signal("USR1")
     told_ranks.signal("TERM", batch_only=False)  # a preemption without a signal for the script
