@@ -52,6 +52,8 @@ def main(argv: Sequence[str]) -> int:
             )
         config = read_config(flags, arguments.run)
         run = find_run(config, arguments.run)
+        # What torch says about sockets is about its own attempts; the verdict is ours.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         # Here and not above: a node without torch, or with a broken one, must be able to say so.
         session = import_module("training.diagnosis.session")
         order = session.Order(config, run, arguments.json, arguments.quick, arguments.arrival_limit)

@@ -38,9 +38,9 @@ def render(diagnosis: Diagnosis, reports: Sequence[RankReport]) -> str:
 def _table(diagnosis: Diagnosis, reports: Sequence[RankReport]) -> str:
     rows = [_row(verdict, [report for report in reports if report.node == verdict.node]) for verdict in diagnosis.nodes]
     used = [name for name in dict.fromkeys(name for row in rows for name in row) if any(row.get(name) for row in rows)]
-    widths = {name: max(len(name), *(len(row.get(name, "")) for row in rows)) for name in used}
+    widths = {name: max(len(name), *(len(row.get(name) or "-") for row in rows)) for name in used}
     lines = ["  ".join(name.ljust(widths[name]) for name in used).rstrip()]
-    lines += ["  ".join(row.get(name, "-").ljust(widths[name]) for name in used).rstrip() for row in rows]
+    lines += ["  ".join((row.get(name) or "-").ljust(widths[name]) for name in used).rstrip() for row in rows]
     return "\n".join(lines) + "\n"
 
 
