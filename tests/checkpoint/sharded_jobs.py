@@ -55,6 +55,14 @@ def restore_path(path: str, shard_ranks: int | None) -> dict[str, Tensor] | str:
     return whole_state_of(parts)
 
 
+def restore_newest_whole(root: str, shard_ranks: int) -> dict[str, Tensor]:
+    """The state after a restore that passes over what is damaged."""
+    parts = tiny_parts(runtime=current_runtime(), seed=7, shard_ranks=shard_ranks)
+    path = str(max(Path(root).glob("step_*")))
+    restore(path, parts, runtime=current_runtime(), steps_per_epoch=1, samples_per_step=4, fall_back=True)
+    return whole_state_of(parts)
+
+
 def restore_weights_only(path: str, shard_ranks: int | None) -> tuple[int, dict[str, Tensor]]:
     """As a run does that only evaluates."""
     parts = tiny_parts(runtime=current_runtime(), seed=7, shard_ranks=shard_ranks)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from tests.checkpoint import sharded_jobs as jobs
 from tests.checkpoint.tiny_run import same, state_of, tiny_parts, train_steps
 from tests.distributed.launch import run_ranks
 from training.checkpoint.checkpointer import Checkpointer, check_usable, read_step_checkpoint
-from training.checkpoint.manifest import read_manifest
+from training.checkpoint.manifest import DamagedCheckpoint, read_manifest, write_manifest
+from training.checkpoint.mirror import Mirror
+from training.checkpoint.mirror_fetch import RemoteRun, fetch_newest
+from training.checkpoint.mirror_store import open_store
 from training.checkpoint.pieces import find_pieces
 from training.checkpoint.tensor_file import read_entries
+from training.commands.checkpoints import main as checkpoints_command
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +153,85 @@ def test_a_bit_that_flips_in_the_rows_of_one_rank_is_seen_by_all(saved_by_four: 
 def test_of_several_copies_the_one_with_other_bits_is_named(saved_by_four: Path) -> None:
     for error in run_ranks(4, jobs.restore_a_flipped_bit, str(saved_by_four / "step_00000002"), 2):
         assert "the ranks [0, 1] (each 2 in a row share a copy) hold other bits" in error
+
+
+def _copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "run" / "checkpoints"))
+
+
+def _spoil(checkpoints: Path, *, step: int, how: str) -> None:
+    directory = checkpoints / f"step_{step:08d}"
+    second = directory / "optimizer-00001-of-00004.safetensors"
+    if how == "a flipped bit":
+        data = bytearray(second.read_bytes())
+        data[-5] ^= 1
+        second.write_bytes(data)
+        return
+    if how == "a missing file":
+        second.unlink()
+        return
+    manifest = read_manifest(directory)
+    files = dict(manifest.files)
+    if how == "a file that the manifest forgot":
+        del files[second.name]
+    else:  # the rows of the first, once more, by a writer that was wrong and says so consistently
+        shutil.copyfile(directory / "optimizer-00000-of-00004.safetensors", second)
+        files[second.name] = files["optimizer-00000-of-00004.safetensors"]
+    facts = {"world_size": manifest.world_size, "shard_ranks": manifest.shard_ranks}
+    write_manifest(directory, files, step=step, **facts)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("a flipped bit", "optimizer-00001-of-00004.safetensors was written as"),
+        ("a missing file", "optimizer-00001-of-00004.safetensors is missing"),
+        ("a file that the manifest forgot", "has no file with rows .* of '.*//exp_avg"),
+        ("the rows of another rank", "has rows of '.*' that another file has as well"),
+    ],
+)
+def test_damage_to_pieces_sends_all_ranks_to_the_checkpoint_before(
+    saved_by_four: Path, tmp_path: Path, how: str, message: str
+) -> None:
+    checkpoints = _copy(saved_by_four, tmp_path)
+    _spoil(checkpoints, step=2, how=how)
+    with pytest.raises(DamagedCheckpoint, match=message):
+        check_usable(Checkpointer(checkpoints).path(2))
+    assert Checkpointer(checkpoints).newest(check=check_usable) == Checkpointer(checkpoints).path(1)
+    if how in ("a flipped bit", "the rows of another rank"):
+        outcomes = run_ranks(2, jobs.restore_newest_whole, str(checkpoints), 0)
+        assert all(same(state, _expected(1)) for state in outcomes)
+
+
+def _clipyard(*words: object) -> int:
+    return checkpoints_command([str(word) for word in words])
+
+
+def test_the_commands_read_pieces_as_they_read_whole_tensors(
+    saved_by_four: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _copy(saved_by_four, tmp_path).parent
+    assert [_clipyard(command, run) for command in ("list", "verify")] == [0, 0]
+    assert capsys.readouterr().out.count("whole") == 2
+    assert _clipyard("export", run, tmp_path / "x.safetensors", "--step", 2) == 0
+    weights = {name: tensor for name, tensor in _expected(2).items() if "//" not in name}
+    assert same(load_file(tmp_path / "x.safetensors"), weights)
+    assert _clipyard("export", run, tmp_path / "x.pt", "--step", 1, "--with-optimizer") == 0
+    assert all(same(state, _expected(1)) for state in run_ranks(2, jobs.restore_path, str(tmp_path / "x.pt"), 0))
+    assert _clipyard("average", run, tmp_path / "soup.safetensors", "--last", 2) == 0
+    mean = (_expected(1)["visual.proj"].double() + _expected(2)["visual.proj"].double()) / 2
+    assert torch.equal(load_file(tmp_path / "soup.safetensors")["visual.proj"], mean.float())
+    _spoil(run / "checkpoints", step=2, how="a flipped bit")
+    assert _clipyard("verify", run) == 1
+
+
+def test_a_mirrored_run_comes_back_with_all_its_pieces(saved_by_four: Path, tmp_path: Path) -> None:
+    run = _copy(saved_by_four, tmp_path).parent
+    store = open_store(f"memory://{tmp_path.name}/run", protocol="fsspec")
+    assert Mirror(run, store).upload_once(final=True)
+    fetched = fetch_newest(RemoteRun(store), tmp_path / "fetched")
+    assert fetched is not None
+    check_usable(fetched)
+    assert len(list(fetched.glob("optimizer-*-of-00004.safetensors"))) == 4
+    weights = {name: tensor for name, tensor in _expected(2).items() if "//" not in name}
+    assert same(dict(read_step_checkpoint(fetched).model), weights)
