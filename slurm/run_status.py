@@ -143,7 +143,7 @@ def _state(run: Path, *, step: int, total: int | None) -> tuple[str, str]:
 
 def _describe(job: Job) -> str:
     if job.state in RUNNING_STATES:
-        return f"job {job.job} is {job.state} on {job.node_list} ({job.nodes} nodes), {job.time_left} left"
+        return f"job {job.job} is {job.state} on {job.node_list}, {job.time_left} left"
     start = "" if job.start in ("N/A", "") else f", expected to start {job.start}"
     return f"job {job.job} is {job.state} ({job.reason}){start}"
 

@@ -171,7 +171,7 @@ def _assumed(plan: Plan, data: DataFacts | None, assumptions: Assumptions) -> li
     if plan.checkpoints is not None:
         lines.append(
             f"{assumptions.storage_gb_per_s:g} GB/s for writing checkpoints (--storage-gb-per-s), a failure every "
-            f"{NODE_HOURS_PER_FAILURE / plan.shape.nodes:.3g} h, {START_UP_S} s to start"
+            f"{_hours(NODE_HOURS_PER_FAILURE / plan.shape.nodes)}, {START_UP_S} s to start"
         )
     return lines
 
