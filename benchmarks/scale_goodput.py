@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.scale_jobs import B_32_256, SECONDS_OF_MTTF, XXLARGE, Job
-from benchmarks.scale_report import Result, Tables, run_benchmark, seconds, table
+from benchmarks.scale_report import Result, Tables, load, run_benchmark, seconds, table
 
 NAME = "scale_goodput"
 INTERVALS_MIN = (2, 5, 7, 10, 15, 20, 30, 60)
 _DAYS = 30
+_EPOCH_SAVE_S = 15.0
+"""torch.save of 14.4 GB by one process. Assumed: 1 GB/s."""
 
 
 class Delay(NamedTuple):
@@ -34,16 +36,11 @@ class Delay(NamedTuple):
     source: str
 
 
-RESTART = (
-    Delay("noticed", 60.0, "assumed mean: a crash 0.5-4 s (measured), a hang 600 s, a lost node 300 s; 80 : 5 : 15"),
-    Delay("requeued", 120.0, "measured on SLURM 22.05: the delay before a requeued job may begin"),
-    Delay("nodes and srun", 30.0, "assumed"),
-    Delay("imports, and 1,024 ranks meet", 60.0, "assumed; 8 s of imports on an idle core, a shared disk is slower"),
-    Delay("NCCL, first kernels", 60.0, "assumed"),
-    Delay("model, loader, first batch", 15.0, "scale_startup: seconds; model on the CPU of each rank"),
-    Delay("checkpoint loaded", 30.0, "scale_checkpoints: 14.4 GB read and hashed file after file, and sent"),
-)
-RESTART_S = sum(delay.seconds for delay in RESTART)
+FAILURES = (("a process ends", 0.80, 4.0), ("a hang", 0.05, 600.0), ("a lost node", 0.15, 300.0))
+"""(kind, share, seconds until it is noticed). The shares are assumed. Noticed: measured (docs/resilience.md), our
+--timeout-step, SLURM's SlurmdTimeout."""
+REQUEUE_S = 120.0
+"""Before a requeued job may begin. Measured on SLURM 22.05."""
 MANUAL_RESTART_S = 3600.0
 """Until somebody has seen that the job is gone and started it again. Assumed; at night it is more."""
 
@@ -57,17 +54,45 @@ class Plan(NamedTuple):
     """Training waits."""
     write_s: float
     """From then on, until the checkpoint is complete."""
-    restart_s: float = RESTART_S
+    restart_s: float
+
+
+def restart_delays(startup: Result, checkpoints: Result) -> list[Delay]:
+    """From the failure until the first step, with what the other benchmarks have measured."""
+    rank, plan = startup["rank"], _plan_of(checkpoints, XXLARGE.model)
+    loader_s = sum(rank[name] for name in ("build_s", "first_sample_s", "first_batch_s"))
+    noticed_s = sum(share * seconds for _, share, seconds in FAILURES)
+    kinds = ", ".join(f"{share:.0%} {kind} {seconds:.0f} s" for kind, share, seconds in FAILURES)
+    return [
+        Delay("noticed", noticed_s, f"mean of {kinds}; the shares are assumed"),
+        Delay("requeued", REQUEUE_S, "measured on SLURM 22.05"),
+        Delay("nodes ready, srun", 30.0, "assumed"),
+        Delay("Python, imports, meeting", 60.0, "assumed: 10 s of imports measured, a shared disk is slower"),
+        Delay("NCCL, first kernels", 60.0, "assumed"),
+        Delay("loader, first batch", loader_s, "scale_startup, on two busy cores"),
+        Delay("checkpoint loaded", plan["load_s"], "scale_checkpoints, convnext_xxlarge"),
+    ]
+
+
+def _plan_of(checkpoints: Result, model: str) -> dict[str, float]:
+    found: dict[str, float] = next(row["plans"]["DDP"] for row in checkpoints["plans"] if row["model"] == model)
+    return found
 
 
 def measure(*, small: bool = False) -> Result:
     """Both jobs, with several intervals, and with checkpoints at the ends of epochs only."""
     repeats = 20 if small else 400
-    stall_s, write_s = 1.0, 45.0
+    checkpoints = load("scale_checkpoints")
+    delays = restart_delays(load("scale_startup"), checkpoints)
+    restart_s = sum(delay.seconds for delay in delays)
+    # The measured stall of rank 0 in a world of 1,024, on a CPU; a GPU's copy takes less.
+    stall_s = checkpoints["real"]["capture_s"]
+    files = _plan_of(checkpoints, XXLARGE.model)
+    write_s = files["write_s"] + files["read_back_s"]
     jobs = []
     for job in (XXLARGE, B_32_256):
-        plans = {f"every {minutes} min": Plan(60.0 * minutes, stall_s, write_s) for minutes in INTERVALS_MIN}
-        plans |= _epoch_plans(job)
+        plans = {f"every {minutes} min": Plan(60.0 * minutes, stall_s, write_s, restart_s) for minutes in INTERVALS_MIN}
+        plans |= _epoch_plans(job, restart_s)
         jobs.append(
             {
                 "job": job.name,
@@ -79,8 +104,8 @@ def measure(*, small: bool = False) -> Result:
         "mttf_s": SECONDS_OF_MTTF,
         "stall_s": stall_s,
         "write_s": write_s,
-        "restart": [delay._asdict() for delay in RESTART],
-        "restart_s": RESTART_S,
+        "restart": [delay._asdict() for delay in delays],
+        "restart_s": restart_s,
         "manual_restart_s": MANUAL_RESTART_S,
         "young_daly_s": young_daly(stall_s, SECONDS_OF_MTTF),
         "days": _DAYS,
@@ -89,13 +114,13 @@ def measure(*, small: bool = False) -> Result:
     }
 
 
-def _epoch_plans(job: Job) -> dict[str, Plan]:
-    """OpenCLIP's: training waits while rank 0 writes the file (torch.save, 1 GB/s assumed: 15 s)."""
+def _epoch_plans(job: Job, restart_s: float) -> dict[str, Plan]:
+    """OpenCLIP's: training waits while rank 0 writes the file."""
     epoch_s = job.samples_per_epoch / job.samples_per_s
     return {
-        "epochs only, requeued": Plan(epoch_s, 15.0, 0.0),
-        "epochs only, restarted by hand": Plan(epoch_s, 15.0, 0.0, MANUAL_RESTART_S),
-        "epoch of 2 B samples only, requeued": Plan(2e9 / job.samples_per_s, 15.0, 0.0),
+        "epochs only, requeued": Plan(epoch_s, _EPOCH_SAVE_S, 0.0, restart_s),
+        "epochs only, restarted by hand": Plan(epoch_s, _EPOCH_SAVE_S, 0.0, MANUAL_RESTART_S),
+        "epoch of 2 B samples only, requeued": Plan(2e9 / job.samples_per_s, _EPOCH_SAVE_S, 0.0, restart_s),
     }
 
 

@@ -51,12 +51,12 @@ def count_bytes(loss: str, batch_size: int, width: int, *, world: int) -> int:
     """Peak beside what goes in and its gradient."""
     memory = LiveMemory()
     with fake_world(world, rank=5), FakeTensorMode(), memory:
-        features = [torch.empty(batch_size, width, requires_grad=True) for _ in range(2)]
+        images, texts = (torch.empty(batch_size, width, requires_grad=True) for _ in range(2))
         scale = torch.empty((), requires_grad=True)
         bias = torch.empty((), requires_grad=True) if LOSSES[loss].siglip else None
         start = memory.live
         memory.peak = start
-        build_loss(LOSSES[loss])(*features, scale, bias).backward()
+        build_loss(LOSSES[loss])(images, texts, scale, bias).backward()
         return memory.peak - 2 * start
 
 

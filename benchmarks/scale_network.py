@@ -13,18 +13,22 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from benchmarks.scale_jobs import HOP_S, JOBS, LOCAL_BATCHES, MFU, MODELS, NETWORKS, PEAK_TFLOPS, Network
 from benchmarks.scale_report import Result, Tables, num_bytes, run_benchmark, seconds, table
 from models.config import load_model_config
 from models.factory import build_model
-from models.profile import profile_model
+from slurm.model_facts import find_facts
+from training.config import ModelConfig
 from training.distributed.parallelize import tower_blocks
-from training.resilience.guard import STATISTICS, VITALS
 
 NAME = "scale_network"
 WORLD = 1024
 _BUCKET_BYTES = 25 * 2**20
 """Of DDP: torch's default."""
+_VITALS_BYTES = 4 * 17
+"""What the guard sums in a step; scale_rank counts it."""
 _BACKWARD_SHARE = 2 / 3
 """Of the compute of a step without recomputation: what the exchange of gradients hides behind."""
 _SHARDED_RING = 8
@@ -38,6 +42,8 @@ class Traffic(NamedTuple):
     """fp32."""
     weights_half: int
     """One copy in bf16, as FSDP gathers it."""
+    padded_share: float
+    """FSDP over all ranks cuts rows: a tensor of fewer rows than ranks is sent as if it had as many."""
     features: int
     """fp32, of both towers and all ranks; gathered forward, reduce-scattered backward."""
     vitals: int
@@ -52,8 +58,6 @@ def measure(*, small: bool = False) -> Result:
     ]
     return {
         "world": WORLD,
-        "vitals_numbers": len(VITALS),
-        "statistics": len(STATISTICS),
         "assumed": {"mfu": MFU, "peak_tflops": PEAK_TFLOPS, "hop_s": HOP_S, "backward_share": _BACKWARD_SHARE},
         "models": rows,
         "published": published,
@@ -61,23 +65,25 @@ def measure(*, small: bool = False) -> Result:
 
 
 def measure_model(model: str, batch_size: int) -> dict[str, Any]:
-    """Counted on the meta device."""
-    config = load_model_config(model)
-    profile = profile_model(config)
-    blocks = len(tower_blocks(build_model(config, device="meta")))
+    """From the facts that submitting a job uses too."""
+    facts = find_facts(ModelConfig(model=model)).facts
+    assert facts is not None
+    plain = build_model(load_model_config(model), device="meta")
+    blocks = len(tower_blocks(plain))
     traffic = Traffic(
-        gradients=4 * profile.parameters,
-        weights_half=2 * profile.parameters,
-        features=WORLD * batch_size * 2 * config.embed_dim * 4,
-        vitals=68,
+        gradients=4 * facts.parameters,
+        weights_half=2 * facts.parameters,
+        padded_share=padded_elements(plain, WORLD) / facts.parameters,
+        features=WORLD * batch_size * 2 * facts.embed_dim * 4,
+        vitals=_VITALS_BYTES,
     )
-    train_flops = 3 * 2 * profile.macs * batch_size
+    train_flops = 3 * 2 * facts.gmac * 1e9 * batch_size
     compute_s = train_flops / (PEAK_TFLOPS * 1e12 * MFU)
     times = {network.name: network_times(traffic, network, blocks=blocks, compute_s=compute_s) for network in NETWORKS}
     return {
         "model": model,
         "batch_size": batch_size,
-        "parameters": profile.parameters,
+        "parameters": facts.parameters,
         "blocks": blocks,
         "train_tflop": round(train_flops / 1e12, 2),
         "compute_s": compute_s,
@@ -86,13 +92,18 @@ def measure_model(model: str, batch_size: int) -> dict[str, Any]:
     }
 
 
+def padded_elements(model: nn.Module, ranks: int) -> int:
+    """What FSDP gathers of a model: rows rounded up to a multiple of the ranks; scalars stay whole."""
+    shapes = [parameter.shape for parameter in model.parameters() if parameter.ndim > 0]
+    return sum(-(-shape[0] // ranks) * ranks * shape[1:].numel() for shape in shapes)
+
+
 def network_times(traffic: Traffic, network: Network, *, blocks: int, compute_s: float) -> dict[str, float]:
     """Seconds of each exchange, and what of them the step waits for."""
     nodes = WORLD // network.gpus_per_node
     ddp_s = all_reduce_s(traffic.gradients, network, nodes=nodes, messages=-(-traffic.gradients // _BUCKET_BYTES))
-    fsdp_s = 2 * gather_s(traffic.weights_half, network, nodes=nodes, messages=blocks) + gather_s(
-        traffic.gradients, network, nodes=nodes, messages=blocks
-    )
+    volume = traffic.padded_share * (2 * traffic.weights_half + traffic.gradients)
+    fsdp_s = gather_s(volume, network, nodes=nodes, messages=3 * blocks)
     features_s = 2 * gather_s(traffic.features, network, nodes=nodes, messages=1)
     vitals_s = 2 * math.log2(nodes) * HOP_S
     hidden_s = _BACKWARD_SHARE * compute_s
@@ -148,6 +159,7 @@ def _bytes_table(result: Result) -> str:
     for row in result["models"]:
         traffic = row["traffic"]
         sharded = 2 * traffic["weights_half"] + traffic["gradients"]
+        padded = traffic["padded_share"] * sharded
         body.append(
             [
                 row["model"],
@@ -155,12 +167,13 @@ def _bytes_table(result: Result) -> str:
                 row["batch_size"],
                 num_bytes(traffic["gradients"]),
                 num_bytes(sharded),
+                num_bytes(padded),
                 num_bytes(traffic["features"]),
                 num_bytes(traffic["features"] / 2),
                 f"{traffic['vitals']} B",
             ]
         )
-    header = ["model", "parameters", "b", "DDP: gradients", "FSDP, HSDP: weights twice, gradients"]
+    header = ["model", "parameters", "b", "DDP: gradients", "HSDP: weights twice, gradients", "FSDP: padded"]
     return table([*header, "CLIP: features, each way", "SigLIP", "guard"], body)
 
 

@@ -53,6 +53,8 @@ class Setting(NamedTuple):
     loss: str = "CLIP, --local-loss"
     grad_checkpointing: bool = False
     micro_batches: int = 1
+    shard_ranks: int | None = None
+    """Ranks that share one copy (FSDP), 0 for all of them; None is DDP."""
     precision: str = "fp32"
     """Collectives are the same in all; processors without bf16 units are slow with it."""
 
@@ -62,7 +64,9 @@ def measure(*, small: bool = False) -> Result:
     demo = Setting("demo-vit", 4)
     whole = [] if small else [Setting("ViT-B-32-256", 2)]
     exchanges = [demo, *(demo._replace(loss=loss) for loss in list(LOSSES)[1:]), demo._replace(micro_batches=2), *whole]
-    worlds = (8, 16) if small else (64, 128, 256, 512, 1024, 2048, 4096)
+    # Sharded: the small model also shows what becomes of tensors with fewer rows than ranks.
+    exchanges += [demo._replace(shard_ranks=ranks) for ranks in (8, 0)]
+    worlds = (8, 16) if small else (128, 256, 512, 1024, 2048, 4096)
     sizes = [Setting("demo-vit", 8, precision="amp_bf16")] if small else _full_sizes()
     return {
         "world": WORLD,
@@ -118,9 +122,9 @@ def full_size(setting: Setting, *, world: int) -> dict[str, Any]:
     memory = LiveMemory()
     with fake_world(world, rank=5) as (runtime, log), FakeTensorMode(allow_non_fake_inputs=True), memory:
         _allocate(built.model, memory)
-        weights = memory.live
         single = Runtime(runtime.rank, 0, 1, runtime.device)  # no DDP; the loss and the guard ask the process group
         step = build_step(built, setting, runtime=single, world=world)
+        weights = sum(parameter.nbytes for parameter in built.model.parameters())
         batch = make_batch(built, setting.batch_size)
         step([batch], lr=1e-3)  # from here on the optimizer has its state
         step.optimizer.zero_grad(set_to_none=True)
@@ -131,7 +135,6 @@ def full_size(setting: Setting, *, world: int) -> dict[str, Any]:
         step([batch], lr=1e-3)
         peak = memory.peak
     inputs = batch.images.nbytes + batch.texts.nbytes
-    num_gradients = sum(parameter.nbytes for parameter in built.model.parameters())
     return {
         **setting._asdict(),
         "world": world,
@@ -139,7 +142,6 @@ def full_size(setting: Setting, *, world: int) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in built.model.parameters()),
         "weights_bytes": weights,
         "optimizer_bytes": between - weights - inputs,
-        "gradient_bytes": num_gradients,
         "input_bytes": inputs,
         "step_peak_bytes": peak,
         "step_bytes": peak - between,
@@ -150,9 +152,19 @@ def full_size(setting: Setting, *, world: int) -> dict[str, Any]:
 def build_step(built: BuiltModel, setting: Setting, *, runtime: Runtime, world: int | None = None) -> TrainStep:
     """As main does, on the CPU."""
     device = runtime.device
-    config = EngineConfig(grad_checkpointing=setting.grad_checkpointing, precision=setting.precision)
+    config = EngineConfig(
+        grad_checkpointing=setting.grad_checkpointing,
+        precision=setting.precision,
+        fsdp=setting.shard_ranks is not None,
+        fsdp_shard_ranks=setting.shard_ranks or 0,
+    )
     return TrainStep(
-        model=parallelize(built.model, config=config, runtime=runtime),
+        model=parallelize(
+            built.model,
+            config=config,
+            runtime=runtime,
+            param_dtype=torch.bfloat16 if setting.precision == "amp_bf16" else None,
+        ),
         loss=build_loss(LOSSES[setting.loss]),
         optimizer=build_optimizer(built.model, OPTIMIZER),
         precision=build_precision(config.precision, device),

@@ -19,12 +19,14 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch.distributed as dist
 from PIL import Image
+from torch.distributed.distributed_c10d import Store
 
 from benchmarks.process_meter import memory, process_tree
 from benchmarks.scale_jobs import B_32_256, LOCAL_BATCHES, XXLARGE
@@ -35,6 +37,7 @@ from models.tokenizer import Tokenizer
 from training.checkpoint.parts import choose_writers
 from training.config import DataConfig, ImageConfig
 from training.data.build import build_train_loader
+from training.distributed.failure import POLL_S
 
 NAME = "scale_startup"
 WORLD = 1024
@@ -47,6 +50,8 @@ _TURNS = 2
 """Slots of each lane that may be read."""
 _CUDA_HOST_GB = 2.0
 """Host memory of a process that has a CUDA context, NCCL and page-locked buffers. Assumed."""
+_CONNECTING = 64
+"""Threads that connect at once: ranks do not wait for each other."""
 _NODE_GPUS = 8
 _RING_SLOTS = 3
 """Batches in shared memory, as the loader has them."""
@@ -204,25 +209,27 @@ def _tar() -> bytes:
     return buffer.getvalue()
 
 
-def store_load(clients: int) -> dict[str, Any]:
-    """How long so many connections to torch's store take, and how many requests it answers, from one process."""
+def store_load(ranks: int) -> dict[str, Any]:
+    """How long all ranks take to connect, twice as each of them does (to meet, and for its failure guard), and how
+    many requests a second the store answers: with all clients in this one process, so that they share its time."""
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit, 65536), limit))
-    host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    stores, connect_s = _timed(lambda: [dist.TCPStore("127.0.0.1", host.port, is_master=False) for _ in range(clients)])
-    rounds = 3
+    host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
 
-    def poll() -> None:
-        for _ in range(rounds):
-            for store in stores:
-                store.check(["first"])
+    def connect(_: int) -> list[Store]:
+        met = dist.TCPStore("127.0.0.1", host.port, is_master=False)  # type: ignore[attr-defined]
+        return [met, met.clone()]
 
-    _, poll_s = _timed(poll)
+    with ThreadPoolExecutor(_CONNECTING) as pool:
+        pairs, connect_s = _timed(lambda: list(pool.map(connect, range(ranks))))
+    stores = [store for pair in pairs for store in pair]
+    _, poll_s = _timed(lambda: [store.check(["first"]) for store in stores])
     return {
-        "clients": clients,
+        "ranks": ranks,
+        "connections": len(stores),
         "connect_s": connect_s,
-        "requests_per_s": rounds * clients / poll_s,
-        "requests_per_s_of_the_guards": 2.0 * clients,
+        "requests_per_s": len(stores) / poll_s,
+        "requests_per_s_of_the_guards": ranks / POLL_S,
     }
 
 
@@ -301,7 +308,7 @@ def tables(result: Result) -> Tables:
             ]
             for name, run in job["running"].items()
         ),
-        [f"{store['clients']:,} connections to the store, one after another", seconds(store["connect_s"])],
+        [f"{store['connections']:,} connections to the store, two of each rank", seconds(store["connect_s"])],
         ["requests that the store answers (one client process)", f"{store['requests_per_s']:,.0f} a second"],
         ["requests of the failure guards", f"{store['requests_per_s_of_the_guards']:,.0f} a second"],
     ]

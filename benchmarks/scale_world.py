@@ -47,7 +47,7 @@ class CollectiveLog(TorchDispatchMode):
     """Writes down every collective, DDP's and FSDP's among them, and makes sums what W equal ranks would give."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
 
     def __torch_dispatch__(
@@ -96,7 +96,7 @@ class LiveMemory(TorchDispatchMode):
     """Bytes of all storages that exist at once, whoever allocates them; also of fake tensors, which have none."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
         self._known: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
