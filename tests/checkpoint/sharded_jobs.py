@@ -16,7 +16,7 @@ from training.checkpoint.checkpointer import Checkpointer
 from training.checkpoint.epoch_loading import restore_weights
 from training.checkpoint.manifest import DamagedCheckpoint
 from training.checkpoint.run_state import find_resume_path, restore
-from training.distributed.sharding import placements
+from training.distributed.sharding import local_parameters, placements
 
 
 class Link(NamedTuple):
@@ -135,3 +135,23 @@ def resume_train_save_in_parts(root: str, shard_ranks: int) -> Link:
     """As a model of several GiB would be saved."""
     write_in_parts()
     return resume_train_save(root, shard_ranks)
+
+
+def capture_and_restore_row_statistics(root: str) -> tuple[str, str]:
+    """(error of a save, error of a restore) with an optimizer that keeps a value per row, as Adafactor does."""
+    runtime = current_runtime()
+    whole, parts = tiny_parts(runtime=runtime), tiny_parts(runtime=runtime, shard_ranks=0)
+    messages = []
+    for run, saves in ((parts, True), (whole, False)):
+        train_steps(run)
+        names = local_parameters(run.model)
+        run.optimizer.state[names["visual.proj"]]["rows"] = torch.ones(len(names["visual.proj"]))
+        saver = build_saver(Path(root), run, runtime=runtime)
+        try:
+            saver.save_now_and_wait(0, "exit")
+        except ValueError as error:
+            assert saves
+            messages.append(str(error))
+    outcome = restore_path(f"{root}/step_00000001", 0)
+    assert isinstance(outcome, str)
+    return messages[0], outcome

@@ -235,3 +235,25 @@ def test_a_mirrored_run_comes_back_with_all_its_pieces(saved_by_four: Path, tmp_
     assert len(list(fetched.glob("optimizer-*-of-00004.safetensors"))) == 4
     weights = {name: tensor for name, tensor in _expected(2).items() if "//" not in name}
     assert same(dict(read_step_checkpoint(fetched).model), weights)
+
+
+def test_an_epoch_file_of_another_model_is_the_same_error_on_all_ranks(tmp_path: Path) -> None:
+    weights = {**tiny_parts().model.state_dict(), "visual.proj": torch.zeros(32, 8)}
+    torch.save({"epoch": 1, "state_dict": weights}, tmp_path / "x.pt")
+    for outcome in run_ranks(2, jobs.restore_path, str(tmp_path / "x.pt"), 0):
+        assert "1 of 38 tensors differ (first: visual.proj, saved (32, 8), now (32, 16)); pass the --model" in outcome
+    (tmp_path / "x.pt").write_bytes(b"")
+    assert {outcome[:60] for outcome in run_ranks(2, jobs.restore_path, str(tmp_path / "x.pt"), 0)} == {
+        f"ValueError: '{tmp_path}/x.pt' cannot be read as a checkpoint"[:60]
+    }
+
+
+def test_an_optimizer_without_a_value_per_weight_cannot_be_cut(tmp_path: Path) -> None:
+    messages = run_ranks(2, jobs.capture_and_restore_row_statistics, str(tmp_path))
+    for saving, loading in messages:
+        assert (
+            "the optimizer keeps 'visual.proj//rows' in the shape (16,) for 16 rows of a parameter of shape" in saving
+        )
+        assert "pass another --opt, or leave out --fsdp" in saving
+        assert "The checkpoint has 'visual.proj//rows' in the shape (32,) for a parameter of shape (32, 16)" in loading
+        assert "Resume without --fsdp" in loading
