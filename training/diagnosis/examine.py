@@ -222,12 +222,12 @@ def _look_at_tools(subject: Subject, team: Team, notes: _Notes) -> None:
 def _look_at_storage(subject: Subject, directory: RunDirectory | None, notes: _Notes) -> None:
     config = subject.config
     if directory is not None:
-        written = _within(_CHECK_LIMIT_S, "run directory", directory.write_and_read, notes)
+        written = _within(_CHECK_LIMIT_S, "run directory", directory.write_and_read, notes, shared=True)
         notes.add(written or ([], []))
     else:
         notes.findings.append(unknown("run directory", "none was named: pass --run, or --logs and --name"))
     if has_data(config.data):
-        read = _within(_CHECK_LIMIT_S, "shards", lambda: read_shards(config.data), notes)
+        read = _within(_CHECK_LIMIT_S, "shards", lambda: read_shards(config.data), notes, shared=True)
         notes.findings += read or []
     else:
         notes.findings.append(unknown("shards", "no data was named: pass --config or --train-data"))
@@ -317,12 +317,13 @@ def _measure_links(
     return pairs
 
 
-def _within(limit_s: float, check: str, work: Callable[[], T], notes: _Notes) -> T | None:
+def _within(limit_s: float, check: str, work: Callable[[], T], notes: _Notes, *, shared: bool = False) -> T | None:
     """The work's result; what takes too long, or breaks off, becomes a finding."""
     try:
         return answer_within(limit_s, lambda: _guarded(work))
     except StoreSilent:
-        notes.findings.append(bad(check, f"no answer within {limit_s:g} s: what it asks hangs on this node"))
+        text = f"no answer within {limit_s:g} s: what it asks hangs on this node"
+        notes.findings.append(bad(check, text, shared=shared))
     except _Broken as broken:
         # Our own mistake, or something nobody thought of: said, but no reason to exclude a node.
         notes.findings.append(unknown(check, f"could not be looked at ({broken})"))

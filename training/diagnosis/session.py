@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 _ARRIVAL_LIMIT_S = 60.0
 _REPORT_LIMIT_S = 30.0
-_EXAMINATION_LIMIT_S = 120.0
+_EXAMINATION_LIMIT_S = 200.0
 _LEAVING_LIMIT_S = 3.0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +21,7 @@ from training.distributed.store_calls import StoreSilent, answer_within
 _LONGER_THAN_US = timedelta(minutes=10)
 _MOST_ROUNDS = 20
 _ROUND_BUDGET_S = 1.0
+_ABORT_LIMIT_S = 5.0
 
 
 class LinkFailed(RuntimeError):
@@ -42,6 +44,7 @@ class LinkRates:
         self._device = device
         self._backend = backend
         self._num_bytes = num_bytes
+        self._group: Any = None
 
     def measure(self, name: str, ranks: Sequence[int], *, timeout_s: float) -> float:
         """GB/s on the busiest link: what a ring sends over each, 2 (n-1)/n of the bytes. Collective: all of ``ranks``.
@@ -52,6 +55,9 @@ class LinkRates:
         try:
             return answer_within(timeout_s, lambda: self._measure(name, ranks, timeout_s))
         except StoreSilent:
+            # Its kernels would go on waiting on the device, and the next group's with them.
+            with suppress(RuntimeError):
+                answer_within(_ABORT_LIMIT_S, self._abort)
             raise LinkFailed(f"no end within {timeout_s:g} s") from None
         except LinkFailed:
             raise
@@ -59,10 +65,16 @@ class LinkRates:
             raise LinkFailed(" ".join(str(error).split())[:200]) from error
 
     def _measure(self, name: str, ranks: Sequence[int], timeout_s: float) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # of this thread
+        if self._device.type != "cuda":
+            return self._measure_group(name, ranks, timeout_s)
+        torch.cuda.set_device(self._device)  # of this thread
+        # A stream of its own: what an earlier group left hanging is not waited for.
+        with torch.cuda.stream(torch.cuda.Stream(self._device)):
+            return self._measure_group(name, ranks, timeout_s)
+
+    def _measure_group(self, name: str, ranks: Sequence[int], timeout_s: float) -> float:
         place, size = ranks.index(self._rank), len(ranks)
-        group = self._make_group(PrefixStore(name, self._store), place, size, timeout_s)
+        self._group = group = self._make_group(PrefixStore(name, self._store), place, size, timeout_s)
         try:
             numbers = torch.empty(self._num_bytes // 4, device=self._device)
             first_s = self._reduce(group, numbers, place, size)
@@ -72,10 +84,16 @@ class LinkRates:
             rounds = max(1, min(_MOST_ROUNDS, int(_ROUND_BUDGET_S / max(slowest.item(), 1e-6))))
             seconds = sum(self._reduce(group, numbers, place, size) for _ in range(rounds))
         except RuntimeError:
-            group.abort()
+            self._abort()
             raise
-        group.shutdown()
+        with suppress(RuntimeError):  # some backends of some releases have nothing to shut down
+            group.shutdown()
         return 2 * (size - 1) / size * self._num_bytes * rounds / seconds / 1e9
+
+    def _abort(self) -> None:
+        with suppress(RuntimeError):
+            if self._group is not None:
+                self._group.abort()
 
     def _reduce(self, group: Any, numbers: torch.Tensor, place: int, size: int) -> float:
         """One all-reduce whose result is known, timed."""
@@ -99,7 +117,7 @@ class LinkRates:
 
     def _finish(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
 
 
 def _wait(group: Any, tensor: torch.Tensor, operation: Any) -> None:
