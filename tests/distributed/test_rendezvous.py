@@ -121,7 +121,7 @@ def test_a_name_that_does_not_resolve_is_refused_with_name_node_and_source(monke
     message = (
         r"rank 2 on nodeb cannot resolve 'no-such.invalid' \(.*from MASTER_ADDR=no-such.invalid.*--slurm-host-suffix"
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RuntimeError, match=message):
         check("no-such.invalid", seat(2))
     with pytest.raises(
         ValueError, match=r"rank 1 on .* cannot resolve .*: export MASTER_ADDR as this node can reach it"
@@ -168,7 +168,7 @@ def test_a_port_that_is_taken_is_named_with_its_process_on_rank_zero_and_on_the_
     here.setenv("MASTER_PORT", str(port := listener.getsockname()[1]))
     here.setattr(rendezvous, "_PROBE_S", 0.2)
     texts = gather([seat(0), seat(1)], timeout=timedelta(seconds=20))
-    taken = f"ValueError: port {port} of 127.0.0.1 .from MASTER_PORT={port}.* is taken"
+    taken = f"RuntimeError: port {port} of 127.0.0.1 .from MASTER_PORT={port}.* is taken"
     assert re.search(f"{taken}: rank 0 on nodea cannot listen there, it belongs to process {os.getpid()} ", texts[0])
     assert re.search(f"{taken}: rank 1 on nodea finds no rank 0 there, it belongs to a program that does not", texts[1])
     assert all("unset MASTER_PORT, so that each start takes a port of its own" in text for text in texts)

@@ -102,6 +102,7 @@ def check_address(meeting: Meeting, seat: Seat) -> None:
 
     Raises:
         ValueError: it cannot be the one of rank 0.
+        RuntimeError: this node does not know the name.
     """
     addresses = _resolve(meeting, seat)
     task = seat.task
@@ -127,7 +128,7 @@ def _resolve(meeting: Meeting, seat: Seat) -> list[str]:
             return [str(entry[4][0]) for entry in found]
         except (OSError, UnicodeError) as error:
             if attempt == _RESOLVE_TRIES:
-                raise ValueError(
+                raise RuntimeError(
                     f"{seat.name} cannot resolve {meeting.host!r} ({error}), from {meeting.source}: export MASTER_ADDR "
                     "as this node can reach it (a name or an address of rank 0's node)"
                     + (

@@ -49,8 +49,9 @@ def meet(dist_url: str | None, seat: Seat, *, suffix: str, timeout: timedelta = 
         timeout: for the last rank to come.
 
     Raises:
-        ValueError: an address that cannot be right, or a port that somebody else has.
-        RuntimeError: ranks that did not come in time.
+        ValueError: an address that cannot be right.
+        RuntimeError: a name that this node cannot resolve, a port that somebody else has, ranks that did not come in
+            time: the next start may find it otherwise.
     """
     started = time.monotonic()
     url = dist_url or "env://"
@@ -88,7 +89,7 @@ def _listen(meeting: Meeting, seat: Seat, timeout: timedelta) -> Store:
                 _publish(meeting.host, port)
                 return store
         if time.monotonic() > deadline:
-            raise ValueError(_taken(meeting, f"{seat.name} cannot listen there", who_listens(meeting.ports[0])))
+            raise RuntimeError(_taken(meeting, f"{seat.name} cannot listen there", who_listens(meeting.ports[0])))
         time.sleep(_LONGEST_POLL_S)
 
 
@@ -110,7 +111,7 @@ def _find(meeting: Meeting, seat: Seat, timeout: timedelta) -> Store:
             stranger, stranger_since = seen, now
         # Of several ports rank 0 may just not have come to any yet.
         if stranger and len(meeting.ports) == 1 and now - stranger_since > 2 * PORT_PATIENCE_S:
-            raise ValueError(_taken(meeting, f"{seat.name} finds no rank 0 there", stranger))
+            raise RuntimeError(_taken(meeting, f"{seat.name} finds no rank 0 there", stranger))
         if now > deadline:
             raise RuntimeError(
                 f"{seat.name} waited {timeout.total_seconds():.0f} s for rank 0 at {meeting.host}:{meeting.ports[0]} "

@@ -79,7 +79,8 @@ def start_runtime(
     Raises:
         ValueError: variables of the launcher that are missing or contradict each other; an address at which nobody
             can meet; a device that is not there.
-        RuntimeError: ranks that do not come within ``rendezvous_timeout``; nodes that differ.
+        RuntimeError: a name that is not known, a port that is taken, ranks that do not come within
+            ``rendezvous_timeout``, nodes that differ.
     """
     task = read_srun_task(os.environ)
     place = read_place(os.environ)
