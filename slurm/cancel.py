@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm.run_record import NO_REQUEUE_NAME, check_is_run, job_ids, last_owner, newest_step, read_submission
+from slurm.run_record import NO_REQUEUE_NAME, array_runs, check_is_run, job_ids, last_owner, newest_step, script_jobs
 from slurm.squeue import Job, cancel_jobs, find_jobs, live_jobs, signal_batch
 from training.resilience.owner import this_process, why_ended
 
@@ -57,14 +57,12 @@ def cancel_run(run: Path, *, grace_s: float, say: Callable[[str], None] = lambda
 def forbid_requeue(run: Path) -> None:
     """Touches .no-requeue; for an array in the runs of its tasks as well."""
     (run / NO_REQUEUE_NAME).touch()
-    if read_submission(run).get("array"):
-        for task in run.parent.glob(f"{run.name}-[0-9]*"):
-            if task.is_dir():
-                (task / NO_REQUEUE_NAME).touch()
+    for task in array_runs(run):
+        (task / NO_REQUEUE_NAME).touch()
 
 
 def _end_jobs(run: Path, jobs: Sequence[Job], *, grace_s: float, say: Callable[[str], None]) -> None:
-    submitted = {str(job) for job in read_submission(run).get("job_ids", ())}
+    submitted = script_jobs(run)
     # Only our own script hands USR1 on to the ranks; of another's the shell might die of it.
     asked = [job.job for job in jobs if job.state == "RUNNING" and job.job.partition("_")[0] in submitted]
     rest = [job.job for job in jobs if job.job not in asked]

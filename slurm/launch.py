@@ -5,18 +5,20 @@ flags, run file -> Config -> plan -> BatchJob -> script -> RUN/{submit.yaml, sub
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from slurm import checks
+from slurm.bad_nodes import BAD_NODES_FILE, choose_excluded, read_suspects, usable_nodes
 from slurm.batch_script import BatchJob, render
 from slurm.data_facts import DataFacts, read_data_facts, trains
 from slurm.model_facts import find_facts
@@ -31,7 +33,7 @@ from slurm.run_record import (
 )
 from slurm.sites import Site, load_site
 from slurm.snapshot import code_digest, snapshot_digest, take_snapshot
-from slurm.squeue import parse_time_s
+from slurm.squeue import find_partition, parse_time_s
 from slurm.summary import summarise
 from training.cli import parse, to_yaml
 from training.config import Config
@@ -41,6 +43,10 @@ from training.validation import logs_disabled
 # Both become part of #SBATCH lines, where quotes and % have a meaning of their own.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
 _DIRECTORY = re.compile(r"[^\s%'\"\\]+")
+
+
+_MINUTES_IF_UNKNOWN = 30
+"""Between checkpoints of a model whose size is not known."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,8 @@ class Submission:
     summary: str
     live_jobs: tuple[str, ...] = ()
     """Of this run, which the new one waits for."""
+    suspects: tuple[str, ...] = ()
+    """Nodes that its first start avoids; the script itself sees to the later ones."""
 
     @property
     def run(self) -> Path:
@@ -126,6 +134,9 @@ def prepare(request: Request, *, now: datetime) -> Submission:
     config, interval_remarks = _with_interval(config, request, plan)
     job = _batch_job(request, config, plan, run)
     script = render(job)
+    suspects = _suspects(request, run, shape, site=site, now=now) if request.cluster_checks else []
+    if suspects:
+        remarks.append(f"the first start avoids suspected nodes: {', '.join(suspects)} (bad_nodes.jsonl)")
     summary = summarise(
         job,
         config,
@@ -135,10 +146,14 @@ def prepare(request: Request, *, now: datetime) -> Submission:
         first_step=first_step,
         remarks=(*parsed.notices, *remarks, *data_remarks, *interval_remarks),
     )
-    return Submission(job, config, plan, script, _settings(config, now), summary, tuple(live))
+    return Submission(job, config, plan, script, _settings(config, now), summary, tuple(live), tuple(suspects))
 
 
-def submit(submission: Submission, *, send: Callable[[Path, BatchJob], str], now: datetime) -> str:
+Send = Callable[[Path, BatchJob, Sequence[str]], str]
+"""Hands (script, job, more options of sbatch) to SLURM; returns the job's number."""
+
+
+def submit(submission: Submission, *, send: Send, now: datetime) -> str:
     """Writes the run directory and hands the script to SLURM; returns the job's number.
 
     Raises:
@@ -155,13 +170,14 @@ def submit(submission: Submission, *, send: Callable[[Path, BatchJob], str], now
     script.chmod(0o755)
     # Whoever submits a run again wants it to go on, also after they have cancelled it.
     (run / NO_REQUEUE_NAME).unlink(missing_ok=True)
-    job_id = send(script, submission.job)
+    excluded = [*submission.job.exclude, *submission.suspects] if submission.suspects else []
+    job_id = send(script, submission.job, [f"--exclude={','.join(excluded)}"] if excluded else [])
     earlier = [str(job) for job in read_submission(run).get("job_ids", ())]
     write_submission(run, _record(submission, [*earlier, job_id], digest=digest, now=now))
     return job_id
 
 
-def send_with_sbatch(script: Path, job: BatchJob) -> str:
+def send_with_sbatch(script: Path, job: BatchJob, options: Sequence[str] = ()) -> str:
     """Submits a script as it is.
 
     Raises:
@@ -170,7 +186,7 @@ def send_with_sbatch(script: Path, job: BatchJob) -> str:
     program = shutil.which("sbatch")
     if program is None:
         raise RuntimeError("there is no sbatch here: run this on a login node of the cluster.")
-    done = subprocess.run([program, "--parsable", str(script)], capture_output=True, text=True, check=False)
+    done = subprocess.run([program, "--parsable", *options, str(script)], capture_output=True, text=True, check=False)
     # NUMBER, or NUMBER;CLUSTER.
     number = done.stdout.strip().partition(";")[0]
     if done.returncode != 0 or not number.isdecimal():
@@ -295,6 +311,14 @@ def _check_place(request: Request, run: Path, shape: JobShape, *, site: Site) ->
     return [job.job for job in live], remarks
 
 
+def _suspects(request: Request, run: Path, shape: JobShape, *, site: Site, now: datetime) -> list[str]:
+    found = read_suspects(run / BAD_NODES_FILE, now=now)
+    partition = find_partition(request.partition or site.partition) if found else None
+    if partition is None:
+        return []
+    return choose_excluded(found, usable=usable_nodes(partition.name), needed=shape.nodes, always=request.exclude)
+
+
 def _look_at_data(request: Request, config: Config, *, now: datetime) -> tuple[DataFacts | None, list[str]]:
     if not trains(config.data):
         return None, []
@@ -325,17 +349,23 @@ def _plan(config: Config, shape: JobShape, request: Request, *, data: DataFacts 
 def _with_interval(config: Config, request: Request, plan: Plan) -> tuple[Config, list[str]]:
     """With checkpoints between the ends of epochs, unless the user has decided that, or epochs are short."""
     minutes = request.checkpoint_minutes
-    if plan.steps is None or plan.checkpoints is None or minutes == 0:
+    if minutes is not None and not 0 <= minutes < math.inf:
+        raise ValueError(f"--checkpoint-minutes {minutes} must be at least 0; 0 saves as the run file says.")
+    if plan.steps is None or minutes == 0:
         return config, []
     remark = ""
     if minutes is None:
-        minutes = plan.checkpoints.minutes
-        epoch_min = plan.steps.per_epoch * plan.speed.step_s / 60 if plan.speed else minutes + 1
-        if saves_within_epochs(config) or epoch_min <= minutes:
+        minutes = plan.checkpoints.minutes if plan.checkpoints else _MINUTES_IF_UNKNOWN
+        epoch_min = plan.steps.per_epoch * plan.speed.step_s / 60 if plan.speed else None
+        if saves_within_epochs(config) or (epoch_min is not None and epoch_min <= minutes):
             return config, []
+        reason = (
+            "how long an epoch takes is not known here"
+            if epoch_min is None
+            else f"checkpoints only at the ends of epochs would cost {epoch_min / 2:.0f} minutes at every crash"
+        )
         remark = (
-            f"checkpoints only at the ends of epochs would cost {epoch_min / 2:.0f} minutes at every crash, so submit "
-            f"adds save-every-n-minutes: {minutes} (--checkpoint-minutes, 0 to leave it as it was)"
+            f"{reason}, so submit adds save-every-n-minutes: {minutes} (--checkpoint-minutes, 0 to leave it as it was)"
         )
     config = replace(config, checkpoint=replace(config.checkpoint, save_every_n_minutes=float(minutes)))
     return config, [remark] if remark else []
@@ -356,8 +386,7 @@ def _batch_job(request: Request, config: Config, plan: Plan, run: Path) -> Batch
         site=request.site,
         python=request.python,
         setup=request.setup,
-        # Without it `python -m` would look in the working directory first, and find code that is being edited.
-        environment={"PYTHONSAFEPATH": "1", **request.environment},
+        environment=request.environment,
         signal_before_s=plan.signal_before_s,
         exclude=request.exclude,
         max_restarts=request.max_restarts,

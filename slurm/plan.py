@@ -63,8 +63,8 @@ class Assumptions:
 
     gpu: str = "a100-40"
     mfu: float = 0.2
-    """Share of the GPU's peak that the model's own arithmetic reaches, without recomputation. Published CLIP runs: from
-    0.11 (1,024 GPUs over EFA) to 0.38 (NeMo, 128 A100)."""
+    """Share of the GPU's peak that the model's own arithmetic reaches, without recomputation. Published CLIP runs: 0.03
+    to 0.12 with ViT-B-32, 0.11 (1,024 GPUs over EFA) to 0.38 (NeMo, 128 A100) with larger models."""
     sample_kb: float = 40.0
     """Of a shard, per sample, where the shards cannot be measured from here. Source: LAION-5B, 240 TB / 5.8e9."""
     storage_gb_per_s: float = 1.0

@@ -58,6 +58,22 @@ def job_ids(run: Path) -> list[str]:
     return list(dict.fromkeys(reversed(found)))
 
 
+def script_jobs(run: Path) -> set[str]:
+    """Jobs whose batch script is ours: of the run, or of the array that the run is a task of."""
+    records = [read_submission(run)]
+    template, dash, _ = run.name.rpartition("-")
+    if dash and template:
+        records += [record for record in [read_submission(run.with_name(template))] if record.get("array")]
+    return {str(job) for record in records for job in record.get("job_ids", ())}
+
+
+def array_runs(run: Path) -> list[Path]:
+    """The runs of the tasks, where the directory was submitted as an array."""
+    if not read_submission(run).get("array"):
+        return []
+    return sorted(path for path in run.parent.glob(f"{run.name}-[0-9]*") if path.is_dir())
+
+
 def last_owner(run: Path) -> Owner | None:
     """The process that made the newest start; None if there was none, or its lease cannot be read."""
     leases = sorted((run / "leases").glob("[0-9]*.json"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slurm.bad_nodes import BAD_NODES_FILE, read_suspects
-from slurm.run_record import NO_REQUEUE_NAME, check_is_run, job_ids, newest_checkpoint, read_submission
+from slurm.run_record import NO_REQUEUE_NAME, array_runs, check_is_run, job_ids, newest_checkpoint, read_submission
 from slurm.squeue import RUNNING_STATES, Job, find_ended_jobs, find_jobs
 from training.naming import STARTS_FILE
 from training.observability.history import read_starts
@@ -43,7 +43,7 @@ class RunStatus:
 
     run: str
     state: str
-    """waiting, running, finished, cancelled, stopped, failed, or not started."""
+    """array (of runs, none is live), waiting, running, finished, cancelled, stopped, failed, or not started."""
     detail: str
     """Of the state: jobs and nodes, or why the run has ended."""
     step: int
@@ -123,6 +123,8 @@ def _state(run: Path, *, step: int, total: int | None) -> tuple[str, str]:
     if live:
         running = [job for job in live if job.state in RUNNING_STATES]
         return ("running" if running else "waiting"), "; ".join(_describe(job) for job in live)
+    if tasks := array_runs(run):
+        return "array", f"its runs are {', '.join(task.name for task in tasks)}, each with a status of its own"
     try:
         owner = find_owner(run / "leases")
     except OSError as error:

@@ -7,8 +7,8 @@ shell before the time limit, and would requeue on a time limit only. Therefore t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
@@ -22,9 +22,10 @@ FOLDER = "slurm/submitit"
 class ScriptExecutor(SlurmExecutor):
     """Sends a finished script; no function is pickled."""
 
-    def __init__(self, folder: Path, *, script: str, num_tasks: int) -> None:
+    def __init__(self, folder: Path, *, script: str, options: Sequence[str], num_tasks: int) -> None:
         super().__init__(folder)
         self._script = script
+        self._options = options
         self._tasks = num_tasks
 
     def send(self) -> str:
@@ -34,11 +35,14 @@ class ScriptExecutor(SlurmExecutor):
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         return self._script
 
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        return ["sbatch", *self._options, str(submission_file_path)]
+
     def _num_tasks(self) -> int:
         return self._tasks
 
 
-def send_with_submitit(script: Path, job: BatchJob) -> str:
+def send_with_submitit(script: Path, job: BatchJob, options: Sequence[str] = ()) -> str:
     """Submits a script as it is.
 
     Raises:
@@ -46,9 +50,9 @@ def send_with_submitit(script: Path, job: BatchJob) -> str:
     """
     folder = Path(job.run) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    arguments: dict[str, Any] = {"script": script.read_text(), "num_tasks": job.nodes * job.tasks_per_node}
+    num_tasks = job.nodes * job.tasks_per_node
     try:
-        return ScriptExecutor(folder, **arguments).send()
+        return ScriptExecutor(folder, script=script.read_text(), options=options, num_tasks=num_tasks).send()
     except (FailedJobError, FailedSubmissionError, RuntimeError) as error:
         raise RuntimeError(
             f"submitit could not submit {script}: {error}. Without --with submitit sbatch is used."

@@ -149,7 +149,7 @@ def _time(speed: Speed, plan: Plan, job: BatchJob, first_step: int) -> str:
     left = "what is left" if first_step else "the run"
     jobs = f"{speed.jobs:,} jobs" if speed.jobs > 1 else "one job"
     return (
-        f"{_count(speed.samples_per_s)} samples/s ({speed.samples_per_s / plan.shape.world_size:.0f} a GPU), "
+        f"{_count(speed.samples_per_s)} samples/s ({speed.samples_per_s / plan.shape.world_size:,.0f} a GPU), "
         f"{speed.step_s:.2f} s a step; {left} takes {_hours(speed.hours)}, {jobs} of {job.time_limit} (it requeues by "
         "itself), failures not counted"
     )
@@ -161,8 +161,9 @@ def _assumed(plan: Plan, data: DataFacts | None, assumptions: Assumptions) -> li
         gpu = GPUS[assumptions.gpu]
         slow, fast = plan.speed.hours * assumptions.mfu / 0.1, plan.speed.hours * assumptions.mfu / 0.4
         lines.append(
-            f"{assumptions.mfu:.0%} of {assumptions.gpu}'s {gpu.tflops:g} TFLOP/s (--gpu, --mfu); published CLIP runs "
-            f"reached 10 % ({_hours(slow)}) to 40 % ({_hours(fast)})"
+            f"{100 * assumptions.mfu:g} % of {assumptions.gpu}'s {gpu.tflops:g} TFLOP/s (--gpu, --mfu); at 10 % it "
+            f"takes {_hours(slow)}, at 40 % {_hours(fast)}. Published runs: 3 to 12 % with ViT-B-32, 11 to 38 % with "
+            "larger models"
         )
         if data is not None and data.sample_bytes is None and data.kind != "synthetic":
             lines.append(f"{assumptions.sample_kb:g} kB a sample, LAION-5B's mean (--sample-kb)")

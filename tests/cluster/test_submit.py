@@ -62,7 +62,7 @@ def test_a_run_is_submitted_followed_cancelled_submitted_again_and_finished(clus
     assert status(cluster, "a")["state"] == "running"
     again = clipyard(cluster.directory, "submit", "tiny.yaml", *ON_THIS_CLUSTER, "--name=a", "--nodes=2", code=2)
     assert f"run a is in use: job {first.number} is RUNNING" in again
-    assert "rank 1 of 2" in clipyard(cluster.directory, "logs", "logs/a", "--rank", "1")
+    assert "rank 0 of 2" in clipyard(cluster.directory, "logs", "logs/a", "--rank", "0")
     cancelled = clipyard(cluster.directory, "cancel", "logs/a")
     step = re.search(r"Saved at step (\d+)", cancelled)
     assert step is not None, cancelled

@@ -17,7 +17,7 @@ import pytest
 
 from slurm.bad_nodes import record_suspects
 from slurm.cancel import cancel_run
-from slurm.run_record import job_ids, read_submission, write_submission
+from slurm.run_record import job_ids, read_submission, script_jobs, write_submission
 from slurm.run_status import read_status, render_status
 from training.commands import cancel, logs, status
 
@@ -270,6 +270,13 @@ def test_cancel_of_an_array_forbids_every_task(run):
         task.mkdir()
     cancel_run(run, grace_s=0)
     assert all((task / ".no-requeue").exists() for task in tasks)
+    assert read_status(run, now=NOW).detail.startswith("its runs are run-0, run-1")
+
+
+def test_jobs_of_an_array_are_asked_to_save_by_the_name_of_the_task_as_well(run):
+    write_submission(run, {"job_ids": ["5"], "array": "0-1"})
+    assert script_jobs(run.with_name("run-1")) == {"5"}
+    assert script_jobs(run.with_name("other-1")) == set()
 
 
 def test_cancel_says_where_a_run_is_that_it_cannot_reach(run, capsys):

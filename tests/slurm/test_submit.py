@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from slurm import checks
+from slurm.bad_nodes import BAD_NODES_FILE, record_suspects
 from slurm.batch_script import BatchJob
 from slurm.data_facts import DataFacts
 from slurm.launch import Request, Submission, prepare, send_with_sbatch, submit
@@ -44,7 +45,7 @@ def prepared(tmp_path: Path, *trainer: str, base: tuple[str, ...] = TINY, **fiel
 def numbered(*numbers: str):
     """Stands for sbatch: hands out job numbers."""
     remaining = iter(numbers)
-    return lambda script, job: next(remaining)
+    return lambda script, job, options: next(remaining)
 
 
 def program(directory: Path, name: str, text: str) -> None:
@@ -127,6 +128,21 @@ def test_a_second_job_is_added_to_the_record_and_lifts_a_cancel(tmp_path):
     assert not (tmp_path / "a" / ".no-requeue").exists()
 
 
+def test_the_first_start_avoids_suspected_nodes_as_far_as_others_are_left(tmp_path, monkeypatch):
+    program(tmp_path / "bin", "sbatch", 'echo "$@" >&2; exit 1')
+    nodes = "echo 'n1 idle'; echo 'n2 idle'; echo 'n3 idle'"
+    program(tmp_path / "bin", "sinfo", f"case \"$*\" in *--Node*) {nodes};; *) echo 'gpu|3|infinite|gpu*';; esac")
+    program(tmp_path / "bin", "squeue", "true")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    (tmp_path / "logs" / "a").mkdir(parents=True)
+    for node, age in (("n1", 2), ("n2", 1)):
+        record_suspects(tmp_path / "logs" / "a" / BAD_NODES_FILE, [(node, "hang")], time=NOW - timedelta(hours=age))
+    submission = prepared(tmp_path / "logs", cluster_checks=True, python_check=False)
+    assert "avoids suspected nodes: n2 (bad_nodes.jsonl)" in submission.summary
+    with pytest.raises(RuntimeError, match="--parsable --exclude=n2 .*submit.sbatch"):
+        submit(submission, send=send_with_sbatch, now=NOW)
+
+
 def test_a_job_that_sbatch_refuses_leaves_no_record(tmp_path, monkeypatch):
     program(tmp_path / "bin", "sbatch", "echo 'sbatch: error: invalid partition specified: x' >&2; exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
@@ -166,6 +182,7 @@ def test_long_epochs_get_checkpoints_in_between_unless_the_user_decides(tmp_path
     assert [checkpoint.save_every_n_minutes for checkpoint in decided.values()] == [11, 0, 25]
     own = prepared(tmp_path, "--save-every-n-steps=100", base=GPU, gpus_per_node=4)
     assert own.config.checkpoint.save_every_n_minutes == 0
+    assert "how long an epoch takes is not known here, so submit adds" in " ".join(prepared(tmp_path).summary.split())
 
 
 def test_a_global_batch_is_divided_among_the_ranks(tmp_path):
@@ -202,6 +219,7 @@ def test_gpus_in_all_stand_for_nodes(tmp_path):
         ((), {"gpus_per_node": 4, "tasks_per_node": 2}, "--tasks-per-node 2 is not --gpus-per-node 4"),
         ((), {"gpus_per_node": 4, "global_batch": 1001}, "--global-batch 1001 .* among 8 ranks .* pass 1000 or 1008"),
         ((), {"gpus_per_node": 4, "time_limit": "soon"}, "--time 'soon' is no time"),
+        ((), {"gpus_per_node": 4, "checkpoint_minutes": -1}, "--checkpoint-minutes -1 must be at least 0"),
         ((), {"gpus_per_node": 4, "time_limit": "5"}, "a time limit of 300 s is too short for one checkpoint"),
         (("--device=cpu",), {"gpus_per_node": 4}, "--gpus-per-node 4, but --device cpu uses none"),
         (("--device=cpu",), {"tasks_per_node": 0}, "0 ranks a node"),

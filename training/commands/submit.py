@@ -11,12 +11,10 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
 
-from slurm.batch_script import BatchJob
-from slurm.launch import Request, Submission, prepare, send_with_sbatch, submit
+from slurm.launch import Request, Send, Submission, prepare, send_with_sbatch, submit
 from slurm.plan import GPUS, Assumptions
 
 _PROGRAM = "clipyard submit"
@@ -159,7 +157,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return words[:place], words[place + 1 :]
 
 
-def _sender(name: str) -> Callable[[Path, BatchJob], str]:
+def _sender(name: str) -> Send:
     if name == "sbatch":
         return send_with_sbatch
     # Here and not above: a login node that never asks for it need not have submitit.
