@@ -124,7 +124,7 @@ def test_a_name_that_does_not_resolve_is_refused_with_name_node_and_source(monke
     with pytest.raises(RuntimeError, match=message):
         check("no-such.invalid", seat(2))
     with pytest.raises(
-        ValueError, match=r"rank 1 on .* cannot resolve .*: export MASTER_ADDR as this node can reach it"
+        RuntimeError, match=r"rank 1 on .* cannot resolve .*: export MASTER_ADDR as this node can reach it"
     ):
         check("no-such.invalid", Seat(1, 2, None))
 
