@@ -111,8 +111,8 @@ def test_no_node_is_left_out_that_the_job_cannot_do_without(cluster: Cluster, tm
 
 
 def test_a_job_that_cannot_save_before_its_limit_goes_on(cluster: Cluster, tmp_path: Path) -> None:
-    """An honest minute. Beside it, the limit on restarts, and an array, each of whose tasks is a run of its own."""
-    late = submit(cluster, planned_run(tmp_path, "late", "deaf", "exit 0", time_limit="1", signal_before_s=10))
+    """Two honest minutes, whose signals SLURM sends. Beside them: the limit on restarts, and an array of two runs."""
+    late = submit(cluster, planned_run(tmp_path, "late", "deaf", "await", "exit 0", time_limit="1", signal_before_s=10))
     often = submit(cluster, planned_run(tmp_path, "often", "save 1; exit 1", "save 2; exit 1", max_restarts=1))
     array = planned_run(tmp_path, "array", "save 1; exit 1", "save 2; exit 0", array="0-1")
     whole = submit(cluster, array)
@@ -124,8 +124,9 @@ def test_a_job_that_cannot_save_before_its_limit_goes_on(cluster: Cluster, tmp_p
         assert (job.wait_for_end(), job.restarts()) == ("COMPLETED", 1), job.describe()
         assert f"start 1 of plan on {_nodes_of_starts(run)[1]} --config" in rank_log(run)
         assert f"--name array-{task} --seed {task}" in rank_log(run)
-    assert (late.wait_for_end(timeout_s=200), late.restarts()) == ("COMPLETED", 1), late.describe()
+    assert (late.wait_for_end(timeout_s=300), late.restarts()) == ("COMPLETED", 2), late.describe()
     assert "TERM: SLURM ends the job, which is at its time limit." in late.log
+    assert "requeued: stopped by a signal, and saved" in late.log
 
 
 def test_a_preempted_job_goes_on_whether_it_had_time_to_save_or_not(cluster: Cluster, tmp_path: Path) -> None:
