@@ -23,6 +23,7 @@ from benchmarks import (
     scale_network,
     scale_rank,
     scale_startup,
+    scale_store,
 )
 from benchmarks.provenance import ROOT
 from benchmarks.scale_report import DOCUMENT, RESULTS, Result, Tables, fill, load
@@ -30,6 +31,7 @@ from benchmarks.scale_report import DOCUMENT, RESULTS, Result, Tables, fill, loa
 # In an order in which each finds what it builds on.
 BENCHMARKS: dict[str, Callable[[Result], Tables]] = {
     scale_startup.NAME: scale_startup.tables,
+    scale_store.NAME: scale_store.tables,
     scale_lanes.NAME: scale_lanes.tables,
     scale_checkpoints.NAME: scale_checkpoints.tables,
     scale_rank.NAME: scale_rank.tables,

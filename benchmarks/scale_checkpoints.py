@@ -45,7 +45,7 @@ from training.state import TrainState
 NAME = "scale_checkpoints"
 WORLD = 1024
 DISK_GB_S = 1.0
-"""Of one writer or reader on a parallel file system, its hashing included. Assumed; the processor's part is measured."""
+"""Of one writer or reader on a parallel file system, hashing included. Assumed; the processor's part is measured."""
 COPY_GB_S = 20.0
 """Device to page-locked host memory. Assumed: PCIe 4."""
 _SHARDED = (8, WORLD)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.scale_jobs import LOCAL_BATCHES
+from benchmarks.scale_jobs import JOBS, LOCAL_BATCHES
 from benchmarks.scale_report import Result, Tables, num_bytes, run_benchmark, table
 from benchmarks.scale_world import LiveMemory, fake_world
 from models.factory import BuiltModel, create_model
@@ -66,7 +66,7 @@ def measure(*, small: bool = False) -> Result:
     exchanges = [demo, *(demo._replace(loss=loss) for loss in list(LOSSES)[1:]), demo._replace(micro_batches=2), *whole]
     # Sharded: the small model also shows what becomes of tensors with fewer rows than ranks.
     exchanges += [demo._replace(shard_ranks=ranks) for ranks in (8, 0)]
-    worlds = (8, 16) if small else (128, 256, 512, 1024, 2048, 4096)
+    worlds = (8, 16) if small else (128, 512, 1024, 4096)
     sizes = [Setting("demo-vit", 8, precision="amp_bf16")] if small else _full_sizes()
     return {
         "world": WORLD,
@@ -77,8 +77,10 @@ def measure(*, small: bool = False) -> Result:
 
 
 def _full_sizes() -> list[Setting]:
-    settings = [Setting(model, batch, precision="amp_bf16") for model, batch in LOCAL_BATCHES.items()]
-    return [*settings, *(setting._replace(grad_checkpointing=True) for setting in settings)]
+    """The two historical jobs with and without checkpointing, and the largest model with."""
+    settings = [Setting(job.model, job.batch_size, precision="amp_bf16") for job in JOBS]
+    largest = Setting("ViT-bigG-14", LOCAL_BATCHES["ViT-bigG-14"], precision="amp_bf16")
+    return [*settings, *(setting._replace(grad_checkpointing=True) for setting in [*settings, largest])]
 
 
 def exchange(setting: Setting, *, world: int) -> dict[str, Any]:

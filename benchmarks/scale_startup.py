@@ -3,8 +3,7 @@
     python -m benchmarks.scale_startup
 
 One rank's real loader and workers, with the historical command line, read from the tests' object server, which counts.
-What one rank asks for is multiplied by the ranks; the rates of S3 are Amazon's. How 1,024 ranks meet is measured on
-torch's store with that many connections.
+What one rank asks for is multiplied by the ranks; the rates of S3 are Amazon's.
 """
 
 from __future__ import annotations
@@ -14,19 +13,15 @@ import io
 import json
 import multiprocessing
 import os
-import resource
 import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar, cast
 
 import numpy as np
-import torch.distributed as dist
 from PIL import Image
-from torch.distributed.distributed_c10d import Store
 
 from benchmarks.process_meter import memory, process_tree
 from benchmarks.scale_jobs import B_32_256, LOCAL_BATCHES, XXLARGE
@@ -37,7 +32,6 @@ from models.tokenizer import Tokenizer
 from training.checkpoint.parts import choose_writers
 from training.config import DataConfig, ImageConfig
 from training.data.build import build_train_loader
-from training.distributed.failure import POLL_S
 
 NAME = "scale_startup"
 WORLD = 1024
@@ -50,8 +44,6 @@ _TURNS = 2
 """Slots of each lane that may be read."""
 _CUDA_HOST_GB = 2.0
 """Host memory of a process that has a CUDA context, NCCL and page-locked buffers. Assumed."""
-_CONNECTING = 64
-"""Threads that connect at once: ranks do not wait for each other."""
 _NODE_GPUS = 8
 _RING_SLOTS = 3
 """Batches in shared memory, as the loader has them."""
@@ -59,7 +51,7 @@ T = TypeVar("T")
 
 
 def measure(*, small: bool = False) -> Result:
-    """One rank's start, the store's load, and what follows for a node and for the job."""
+    """One rank's start, and what follows for a node and for the job."""
     shards, workers, batches = (1000, 2, 3) if small else (XXLARGE.num_shards, XXLARGE.workers, 110)
     world = 16 if small else WORLD
     rank = one_rank(shards=shards, workers=workers, world=world, batches=batches)
@@ -68,7 +60,6 @@ def measure(*, small: bool = False) -> Result:
         "shards": shards,
         "workers": workers,
         "rank": rank,
-        "store": store_load(32 if small else WORLD),
         "job": whole_job(rank, world=world),
         "nodes": [node_memory(rank, model) for model in (("demo-vit",) if small else LOCAL_BATCHES)],
     }
@@ -209,30 +200,6 @@ def _tar() -> bytes:
     return buffer.getvalue()
 
 
-def store_load(ranks: int) -> dict[str, Any]:
-    """How long all ranks take to connect, twice as each of them does (to meet, and for its failure guard), and how
-    many requests a second the store answers: with all clients in this one process, so that they share its time."""
-    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit, 65536), limit))
-    host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-
-    def connect(_: int) -> list[Store]:
-        met = dist.TCPStore("127.0.0.1", host.port, is_master=False)  # type: ignore[attr-defined]
-        return [met, met.clone()]
-
-    with ThreadPoolExecutor(_CONNECTING) as pool:
-        pairs, connect_s = _timed(lambda: list(pool.map(connect, range(ranks))))
-    stores = [store for pair in pairs for store in pair]
-    _, poll_s = _timed(lambda: [store.check(["first"]) for store in stores])
-    return {
-        "ranks": ranks,
-        "connections": len(stores),
-        "connect_s": connect_s,
-        "requests_per_s": len(stores) / poll_s,
-        "requests_per_s_of_the_guards": ranks / POLL_S,
-    }
-
-
 def whole_job(rank: dict[str, Any], *, world: int) -> dict[str, Any]:
     """Arithmetic: what one rank does, for all of them."""
     at_start = rank["requests_first_sample"] + rank["requests_first_batch"]
@@ -283,7 +250,7 @@ def _timed(work: Callable[[], T]) -> tuple[T, float]:
 
 def tables(result: Result) -> Tables:
     """Markdown by name."""
-    rank, job, store = result["rank"], result["job"], result["store"]
+    rank, job = result["rank"], result["job"]
     world = f"{result['world']:,}"
     rows = [
         ["loader built from the pattern", seconds(rank["build_s"])],
@@ -308,9 +275,6 @@ def tables(result: Result) -> Tables:
             ]
             for name, run in job["running"].items()
         ),
-        [f"{store['connections']:,} connections to the store, two of each rank", seconds(store["connect_s"])],
-        ["requests that the store answers (one client process)", f"{store['requests_per_s']:,.0f} a second"],
-        ["requests of the failure guards", f"{store['requests_per_s_of_the_guards']:,.0f} a second"],
     ]
     nodes = [
         [
