@@ -42,11 +42,14 @@ def test_data_that_is_not_there_is_the_users_to_mend(tmp_path: Path, capsys):
 
 def test_a_broken_machine_has_code_95_and_is_on_the_list(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setenv("SLURMD_NODENAME", "jwb0042")
-    monkeypatch.setattr("training.diagnosis.machine._TEMPORARY_GIB", 1e9)
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho GPU is lost; exit 15\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert main([*QUICK, f"--run={tmp_path}"]) == 95
     (line,) = (tmp_path / "bad_nodes.jsonl").read_text().splitlines()
     assert json.loads(line)["node"] == "jwb0042"
-    assert json.loads(line)["reason"].startswith("doctor: temporary files: ")
+    assert json.loads(line)["reason"].startswith("doctor: GPU health: nvidia-smi ended with 15: GPU is lost")
 
 
 def test_a_verdict_that_cannot_be_written_is_no_success(tmp_path: Path, caplog):

@@ -75,9 +75,11 @@ def look_at_space(directory: Path, name: str, *, needed_gib: float) -> Finding:
     free_gib = space.f_bavail * space.f_frsize / GIB
     text = f"{directory} has {free_gib:.1f} GiB free of {space.f_blocks * space.f_frsize / GIB:.1f}"
     if free_gib < needed_gib:
-        return bad(name, f"{text}, {needed_gib:g} GiB are needed: remove what others left there, or enlarge it")
+        return bad(
+            name, f"{text}, {needed_gib:g} GiB are needed: remove what others left there, or enlarge it", shared=True
+        )
     if space.f_files and not space.f_favail:
-        return bad(name, f"{text}, but it can hold no more files: remove some")
+        return bad(name, f"{text}, but it can hold no more files: remove some", shared=True)
     return ok(name, text)
 
 
@@ -88,11 +90,13 @@ def look_at_cache(directory: Path, *, gib: float) -> Finding:
         space = os.statvfs(parent)
         held = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) if directory.exists() else 0
     except OSError as error:
-        return bad("shard cache", f"{directory} cannot be looked at ({error.strerror}): correct --cache-shards")
+        return bad(
+            "shard cache", f"{directory} cannot be looked at ({error.strerror}): correct --cache-shards", shared=True
+        )
     room_gib = (space.f_bavail * space.f_frsize + held) / GIB
     text = f"{directory} has room for {room_gib:.1f} GiB of shards, --cache-gib is {gib:g}"
     if room_gib < gib:
-        return bad("shard cache", f"{text}: lower it, or free the disk")
+        return bad("shard cache", f"{text}: lower it, or free the disk", shared=True)
     return ok("shard cache", text)
 
 

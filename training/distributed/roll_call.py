@@ -10,9 +10,12 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from training.distributed.store_calls import answer_within
 
 _POLL_S = 0.1
 _ATTEMPT = timedelta(seconds=3)
@@ -65,9 +68,9 @@ class RollCall:
         while time.monotonic() < deadline:
             for port in ports:
                 try:
-                    store = TCPStore(self.host, port, self.world_size, timeout=_ATTEMPT, wait_for_workers=False)
-                    if bytes(store.get("identity")).decode() == identity:
-                        store.set_timeout(timedelta(minutes=5))
+                    # Another program at this port may take the connection and never say a word: no timeout ends that.
+                    store, found = answer_within(2 * _ATTEMPT.total_seconds(), partial(self._connect, port))
+                    if found == identity:
                         return store
                     said = "another job answers"
                 except RuntimeError as error:
@@ -77,6 +80,12 @@ class RollCall:
             f"rank 0 cannot be reached at {self.host}, port {' or '.join(map(str, ports))} within {timeout_s:g} s "
             f"({said}): its node is down, its process did not start, or the network does not let it through"
         )
+
+    def _connect(self, port: int) -> tuple[Store, str]:
+        store = TCPStore(self.host, port, self.world_size, timeout=_ATTEMPT, wait_for_workers=False)
+        identity = bytes(store.get("identity")).decode()
+        store.set_timeout(timedelta(minutes=5))
+        return store, identity
 
     def part(self, name: str) -> Store:
         """A store of its own for one purpose."""
