@@ -17,6 +17,7 @@ from pathlib import Path
 
 from slurm.data_facts import DataFacts, is_on_s3
 from slurm.run_record import job_ids
+from slurm.snapshot import SOURCE
 from slurm.squeue import Job, find_partition, live_jobs
 from training.config import Config
 from training.data.shards import storage_location
@@ -27,6 +28,9 @@ _NODE_LOCAL_TYPES = ("tmpfs", "ramfs", "devtmpfs", "overlay")
 _NODE_LOCAL_ROOTS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 _NODE_LOCAL_VARIABLES = ("TMPDIR", "SLURM_TMPDIR", "JOB_TMPDIR")
 _PYTHON_TIMEOUT_S = 120.0
+_RESUME_TIMEOUT_S = 300.0
+_RESUME_REFUSED = 3
+"""Exit code of training/commands/check_resume.py."""
 _NEEDED_MODULES = ("torch", "torchvision", "open_clip", "timm", "numpy", "PIL", "yaml", "safetensors", "obstore")
 
 
@@ -183,6 +187,36 @@ def check_python(python: str, *, setup: Sequence[str], modules: Sequence[str] = 
             f"the job's interpreter {python} lacks {', '.join(missing)}: pass --python with the environment that has "
             "them, --setup with what activates it, or --no-python-check if only compute nodes can tell."
         )
+
+
+def check_resume(checkpoint: Path, settings: str, *, world_size: int, python: str, setup: Sequence[str]) -> list[str]:
+    """Asks the trainer, in the job's interpreter, whether the settings may differ from the checkpoint's as they do.
+
+    Returns:
+        A remark where it could not be asked.
+    Raises:
+        ValueError: the trainer would refuse them.
+    """
+    words = [python, "-m", "training.commands.check_resume", str(checkpoint), f"--world-size={world_size}"]
+    environment = {**os.environ, "PYTHONPATH": f"{SOURCE}:{os.environ.get('PYTHONPATH', '')}", "PYTHONSAFEPATH": "1"}
+    script = "\n".join([*setup, shlex.join(words)])
+    try:
+        done = subprocess.run(
+            ["bash", "-lc", script],
+            input=settings,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_RESUME_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return [f"the settings were not compared with {checkpoint.name}'s: {python} did not answer in time"]
+    if done.returncode == _RESUME_REFUSED:
+        raise ValueError(f"the run cannot go on from {checkpoint.name} with these settings: {done.stdout.strip()}")
+    if done.returncode != 0:
+        return [f"the settings were not compared with {checkpoint.name}'s: {_last_line(done.stderr)}"]
+    return []
 
 
 def check_credentials(

@@ -27,6 +27,7 @@ from slurm.run_record import (
     NO_REQUEUE_NAME,
     SCRIPT_NAME,
     SETTINGS_NAME,
+    newest_checkpoint,
     newest_step,
     read_submission,
     write_submission,
@@ -134,6 +135,16 @@ def prepare(request: Request, *, now: datetime) -> Submission:
     config, interval_remarks = _with_interval(config, request, plan)
     job = _batch_job(request, config, plan, run)
     script = render(job)
+    settings = _settings(config, now)
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is not None and request.cluster_checks and request.python_check:
+        remarks += checks.check_resume(
+            checkpoint,
+            settings,
+            world_size=shape.world_size,
+            python=request.python,
+            setup=_setup_lines(request, site),
+        )
     suspects = _suspects(request, run, shape, site=site, now=now) if request.cluster_checks else []
     if suspects:
         remarks.append(f"the first start avoids suspected nodes: {', '.join(suspects)} (bad_nodes.jsonl)")
@@ -146,7 +157,7 @@ def prepare(request: Request, *, now: datetime) -> Submission:
         first_step=first_step,
         remarks=(*parsed.notices, *remarks, *data_remarks, *interval_remarks),
     )
-    return Submission(job, config, plan, script, _settings(config, now), summary, tuple(live), tuple(suspects))
+    return Submission(job, config, plan, script, settings, summary, tuple(live), tuple(suspects))
 
 
 Send = Callable[[Path, BatchJob, Sequence[str]], str]
@@ -307,8 +318,12 @@ def _check_place(request: Request, run: Path, shape: JobShape, *, site: Site) ->
         time_limit=request.time_limit,
     )
     if request.python_check:
-        checks.check_python(request.python, setup=(*(line.text for line in site.setup), *request.setup))
+        checks.check_python(request.python, setup=_setup_lines(request, site))
     return [job.job for job in live], remarks
+
+
+def _setup_lines(request: Request, site: Site) -> tuple[str, ...]:
+    return (*(line.text for line in site.setup), *request.setup)
 
 
 def _suspects(request: Request, run: Path, shape: JobShape, *, site: Site, now: datetime) -> list[str]:

@@ -19,6 +19,7 @@ dataset-type: synthetic
 train-num-samples: {samples}
 batch-size: 4
 epochs: 1
+save-frequency: 0
 workers: 0
 precision: fp32
 device: cpu
@@ -57,28 +58,30 @@ def status(cluster: Cluster, name: str) -> dict[str, object]:
 
 def test_a_run_is_submitted_followed_cancelled_submitted_again_and_finished(cluster):
     out_log = cluster.directory / "logs" / "a" / "out.log"
-    first = submit(cluster, "--name=a", "--nodes=2", samples=1600)
-    first.wait_for_text(r"Train Epoch: 0 \[ *8/1600", out_log)
+    ours = ("--name=a", "--nodes=2")
+    first = submit(cluster, *ours, "--", "--epochs=100", samples=320)
+    first.wait_for_text(r"Train Epoch: 0 \[ *8/320", out_log, timeout_s=240)
     assert status(cluster, "a")["state"] == "running"
-    again = clipyard(cluster.directory, "submit", "tiny.yaml", *ON_THIS_CLUSTER, "--name=a", "--nodes=2", code=2)
+    again = clipyard(cluster.directory, "submit", "tiny.yaml", *ON_THIS_CLUSTER, *ours, code=2)
     assert f"run a is in use: job {first.number} is RUNNING" in again
     assert "rank 0 of 2" in clipyard(cluster.directory, "logs", "logs/a", "--rank", "0")
     cancelled = clipyard(cluster.directory, "cancel", "logs/a")
     step = re.search(r"Saved at step (\d+)", cancelled)
     assert step is not None, cancelled
-    assert first.state() == "COMPLETED"
-    assert (status(cluster, "a")["state"], first.restarts()) == ("cancelled", 0)
+    assert (status(cluster, "a")["state"], first.state(), first.restarts()) == ("cancelled", "COMPLETED", 0)
 
-    second = submit(
-        cluster, "--name=a", "--nodes=2", "--", f"--train-num-samples={8 * (int(step[1]) + 20)}", samples=1600
-    )
-    second.wait_for("COMPLETED")
+    last = 40 * (int(step[1]) // 40 + 1)
+    shorter = ("--", f"--epochs={last // 40}")
+    refused = clipyard(cluster.directory, "submit", "tiny.yaml", *ON_THIS_CLUSTER, *ours, *shorter, code=2)
+    assert "cannot go on from" in refused
+    assert "--allow-config-change" in refused
+    second = submit(cluster, *ours, *shorter, "--allow-config-change=epochs", samples=320)
+    second.wait_for("COMPLETED", timeout_s=400)
     found = status(cluster, "a")
-    assert (found["state"], found["step"], found["total_steps"]) == ("finished", int(step[1]) + 20, int(step[1]) + 20)
-    starts = found["starts"]
-    assert isinstance(starts, list)
-    assert starts[1]["step"] == int(step[1])
-    assert starts[1]["why"] == f"submitted again, after job {first.number} that was stopped by a signal"
+    assert (found["state"], found["step"], found["total_steps"]) == ("finished", last, last)
+    (_, start) = found["starts"]
+    assert start["step"] == int(step[1])
+    assert start["why"] == f"submitted again, after job {first.number} that was stopped by a signal"
 
 
 def test_an_array_sent_by_submitit_is_a_run_for_each_task(cluster):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -21,8 +22,10 @@ from slurm.squeue import find_jobs, find_partition, parse_time_s
 from slurm.submitit_executor import send_with_submitit
 from tests.s3.client import Bucket
 from tests.s3.server import Fault
-from training.cli import load_config, parse, parse_args
+from training.cli import config_values, load_config, parse, parse_args
+from training.commands import check_resume
 from training.commands.submit import build_parser, main, make_request
+from training.config import Config
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 ROOT = Path(__file__).resolve().parents[2]
@@ -311,6 +314,43 @@ def test_an_interpreter_that_cannot_train_is_refused(tmp_path, python, setup, me
 
 def test_this_interpreter_can_train_after_its_set_up():
     checks.check_python(sys.executable, setup=["export A=1", "test $A = 1"])
+
+
+def saved(directory: Path, **settings: object) -> Path:
+    """The part of a checkpoint that is compared."""
+    checkpoint = directory / "step_00000010"
+    checkpoint.mkdir()
+    config = config_values(load_config_text(directory, prepared(directory).settings)) | settings
+    train = {"step": 10, "world_size": 2, "config": json.loads(json.dumps(config))}
+    (checkpoint / "train.json").write_text(json.dumps(train))
+    return checkpoint
+
+
+def load_config_text(directory: Path, text: str) -> Config:
+    (directory / "settings.yaml").write_text(text)
+    return load_config(directory / "settings.yaml")
+
+
+def test_settings_that_the_checkpoint_forbids_are_refused_before_the_job_waits(tmp_path):
+    checkpoint = saved(tmp_path, epochs=7)
+    asked = {"world_size": 2, "python": sys.executable}
+    settings = prepared(tmp_path).settings
+    with pytest.raises(ValueError, match=r"cannot go on from step_00000010 with these settings: [\s\S]*epochs"):
+        checks.check_resume(checkpoint, settings, setup=["true"], **asked)
+    (remark,) = checks.check_resume(checkpoint, settings, setup=["exit 1"], **asked)
+    assert "were not compared with step_00000010" in remark
+
+
+@pytest.mark.parametrize(
+    ("flags", "damaged", "code"), [((), False, 3), (("--allow-config-change=epochs",), False, 0), ((), True, 0)]
+)
+def test_the_trainers_own_rules_judge_the_settings(tmp_path, monkeypatch, capsys, flags, damaged, code):
+    checkpoint = saved(tmp_path, epochs=7)
+    if damaged:
+        (checkpoint / "train.json").unlink()
+    monkeypatch.setattr("sys.stdin", io.StringIO(prepared(tmp_path, *flags).settings))
+    assert check_resume.main([str(checkpoint), "--world-size=2"]) == code
+    assert ("--allow-config-change" in capsys.readouterr().out) == (code == 3)
 
 
 # Credentials
