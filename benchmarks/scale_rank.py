@@ -4,25 +4,21 @@
 
     exchange   real tensors, real DDP: what a step sends, and whether it trains (the guard lets it pass)
     growth     the same in ever larger worlds: nothing may grow faster than the world
-    full size  fake tensors (shapes without memory), the historical local batches: peak memory of a rank
 
 Model, loss, guard, clipping, optimizer and DDP are those of training; only the other ranks are missing (scale_world).
 """
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
-from benchmarks.scale_jobs import JOBS, LOCAL_BATCHES
 from benchmarks.scale_report import Result, Tables, num_bytes, run_benchmark, table
-from benchmarks.scale_world import LiveMemory, fake_world
+from benchmarks.scale_world import fake_world
 from models.factory import BuiltModel, create_model
 from training.config import EngineConfig, LossConfig, OptimConfig, ResilienceConfig
 from training.data.batch import DeviceBatch
@@ -60,27 +56,17 @@ class Setting(NamedTuple):
 
 
 def measure(*, small: bool = False) -> Result:
-    """All three parts."""
+    """Both parts."""
     demo = Setting("demo-vit", 4)
-    whole = [] if small else [Setting("ViT-B-32-256", 2)]
-    exchanges = [demo, *(demo._replace(loss=loss) for loss in list(LOSSES)[1:]), demo._replace(micro_batches=2), *whole]
+    exchanges = [demo, *(demo._replace(loss=loss) for loss in list(LOSSES)[1:]), demo._replace(micro_batches=2)]
     # Sharded: the small model also shows what becomes of tensors with fewer rows than ranks.
     exchanges += [demo._replace(shard_ranks=ranks) for ranks in (8, 0)]
-    worlds = (8, 16) if small else (128, 512, 1024, 4096)
-    sizes = [Setting("demo-vit", 8, precision="amp_bf16")] if small else _full_sizes()
+    worlds = (8, 16) if small else (256, 1024, 4096)
     return {
         "world": WORLD,
         "exchange": [exchange(setting, world=WORLD) for setting in exchanges],
         "growth": [exchange(demo, world=world) for world in worlds],
-        "full_size": [full_size(setting, world=WORLD) for setting in sizes],
     }
-
-
-def _full_sizes() -> list[Setting]:
-    """The two historical jobs with and without checkpointing, and the largest model with."""
-    settings = [Setting(job.model, job.batch_size, precision="amp_bf16") for job in JOBS]
-    largest = Setting("ViT-bigG-14", LOCAL_BATCHES["ViT-bigG-14"], precision="amp_bf16")
-    return [*settings, *(setting._replace(grad_checkpointing=True) for setting in [*settings, largest])]
 
 
 def exchange(setting: Setting, *, world: int) -> dict[str, Any]:
@@ -112,43 +98,6 @@ def exchange(setting: Setting, *, world: int) -> dict[str, Any]:
             "changed_parameters": sum(not torch.equal(now, then) for now, then in trained),
             "of_parameters": len(before),
         }
-
-
-def full_size(setting: Setting, *, world: int) -> dict[str, Any]:
-    """A step at its real size without its memory.
-
-    DDP's reducer is native code and cannot take tensors without memory: the plain model stands in for it. Its buckets
-    hold the gradients themselves, so nothing is missing but their padding.
-    """
-    built = create_model(setting.model, device="meta")
-    memory = LiveMemory()
-    with fake_world(world, rank=5) as (runtime, log), FakeTensorMode(allow_non_fake_inputs=True), memory:
-        _allocate(built.model, memory)
-        single = Runtime(runtime.rank, 0, 1, runtime.device)  # no DDP; the loss and the guard ask the process group
-        step = build_step(built, setting, runtime=single, world=world)
-        weights = sum(parameter.nbytes for parameter in built.model.parameters())
-        batch = make_batch(built, setting.batch_size)
-        step([batch], lr=1e-3)  # from here on the optimizer has its state
-        step.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        between = memory.live
-        memory.peak = memory.live
-        log.calls.clear()
-        step([batch], lr=1e-3)
-        peak = memory.peak
-    inputs = batch.images.nbytes + batch.texts.nbytes
-    return {
-        **setting._asdict(),
-        "world": world,
-        "global_batch": world * setting.batch_size,
-        "parameters": sum(parameter.numel() for parameter in built.model.parameters()),
-        "weights_bytes": weights,
-        "optimizer_bytes": between - weights - inputs,
-        "input_bytes": inputs,
-        "step_peak_bytes": peak,
-        "step_bytes": peak - between,
-        "collectives": log.summary(),
-    }
 
 
 def build_step(built: BuiltModel, setting: Setting, *, runtime: Runtime, world: int | None = None) -> TrainStep:
@@ -189,19 +138,6 @@ def make_batch(built: BuiltModel, batch_size: int) -> DeviceBatch:
     return DeviceBatch(images, texts)
 
 
-def _allocate(model: nn.Module, memory: LiveMemory) -> None:
-    """Tensors of the current mode in place of the meta device's."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                memory.add(empty)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
 def _width(built: BuiltModel) -> int:
     return built.config.embed_dim
 
@@ -217,7 +153,6 @@ def tables(result: Result) -> Tables:
     return {
         "rank_exchange": _exchange_table(result["exchange"]),
         "rank_growth": _growth_table(result["growth"]),
-        "rank_memory": _memory_table(result["full_size"]),
     }
 
 
@@ -254,23 +189,6 @@ def _growth_table(rows: Sequence[dict[str, Any]]) -> str:
     return table(
         ["ranks", "collectives per step", "bytes of all-reduces", "bytes of gathered features, both ways"], body
     )
-
-
-def _memory_table(rows: Sequence[dict[str, Any]]) -> str:
-    body = [
-        [
-            row["model"],
-            row["batch_size"],
-            f"{row['global_batch']:,}",
-            "blocks" if row["grad_checkpointing"] else "none",
-            *(num_bytes(row[name]) for name in ("weights_bytes", "optimizer_bytes", "input_bytes")),
-            num_bytes(row["step_bytes"]),
-            num_bytes(row["step_peak_bytes"]),
-        ]
-        for row in rows
-    ]
-    header = ["model", "b", "global batch", "checkpointing", "weights", "moments", "batch"]
-    return table([*header, "activations, gradients and loss, at their peak", "all"], body)
 
 
 if __name__ == "__main__":
