@@ -54,7 +54,8 @@ class BatchJob:
     max_restarts: int | None = None
     """None: as often as it takes."""
     crash_delay_s: int = 300
-    """How much longer than SLURM's own delay a job waits after its second crash in a row without progress."""
+    """How long a job waits after its second crash in a row without progress. It takes the place of SLURM's own delay of
+    about two minutes, so it should be longer."""
     preflight: bool = True
     """Whether ``clipyard doctor`` looks at the nodes before training."""
     preflight_flags: tuple[str, ...] = ("--quick",)

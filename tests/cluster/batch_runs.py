@@ -99,7 +99,7 @@ def batch_job(run: Path, **fields: Any) -> BatchJob:
         "cpus_per_task": 1,
         "time_limit": "10",
         "python": sys.executable,
-        "crash_delay_s": 3,
+        "crash_delay_s": 8,
         "preflight": False,
     }
     job = BatchJob(**(values | fields))

@@ -30,10 +30,10 @@ ENDINGS = {
         *(5, 93),
         (
             "crash with code 1, after progress from none to step_00000001",
-            "crash with code 137, without progress, 1 in a row",
+            r"crash with code (137|143), without progress, 1 in a row",
             "crash with code 1, after progress from step_00000001 to step_00000002",
             r"crash with code 1, without progress, 1 in a row\.",
-            r"crash with code 3, without progress, 2 in a row\.\n.*the next start is in 3 s",
+            r"(?s)crash with code 3, without progress, 2 in a row\..*the next start is in 8 s",
             "stop with 93: crash with code 1, without progress, 3 in a row",
         ),
     ),
