@@ -92,6 +92,8 @@ def measure(*, small: bool = False) -> Result:
     jobs = []
     for job in (XXLARGE, B_32_256):
         plans = {f"every {minutes} min": Plan(60.0 * minutes, stall_s, write_s, restart_s) for minutes in INTERVALS_MIN}
+        best_s = young_daly(stall_s, SECONDS_OF_MTTF)
+        plans["Young's and Daly's interval"] = Plan(best_s, stall_s, write_s, restart_s)
         plans |= _epoch_plans(job, restart_s)
         jobs.append(
             {
