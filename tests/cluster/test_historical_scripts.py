@@ -155,4 +155,4 @@ def test_the_stability_line_trains_and_resumes_without_a_master_address(cluster:
     assert job.log.count("global batch 32 = 8 per rank x 4 ranks") == 2
     first, second = [json.loads(text)["step"] for text in (run / "starts.jsonl").read_text().splitlines()]
     assert first == 0 < second
-    assert (run / f"checkpoints/step_{second:08d}").is_dir()
+    assert f"Resumed from {run}/checkpoints/step_{second:08d} at step {second} " in job.log
