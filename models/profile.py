@@ -41,7 +41,7 @@ def profile_model(config: ClipConfig) -> ModelProfile:
     """
     if config.text_cfg.hf_model_name is not None:
         raise ValueError(f"'{config.text_cfg.hf_model_name}' of model '{config.name}' cannot run without memory")
-    model = build_model(_without_downloads(config), device="meta").eval()
+    model = build_model(_without_downloads(config), device="meta").eval().requires_grad_(False)
     images = torch.empty(1, 3, *config.vision_cfg.image_hw, device="meta")
     texts = torch.zeros(1, config.text_cfg.context_length, dtype=torch.int64, device="meta")
     with torch.no_grad():

@@ -47,7 +47,8 @@ def encode_texts(parts: TextParts, texts: Tensor) -> Tensor:
     tokens = parts.token_embedding(texts)  # [B, L] -> [B, L, D]
     # The low-precision modes keep embeddings in fp32; the residual stream has the precision of the blocks' weights.
     # Under autocast it keeps that of the embeddings: a block's weights may be copies in lower precision then (FSDP).
-    is_autocast = torch.is_autocast_enabled(tokens.device.type)
+    device = tokens.device.type
+    is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not for meta
     dtype = tokens.dtype if is_autocast else parts.transformer.get_parameter("resblocks.0.mlp.c_fc.weight").dtype
     tokens = tokens.to(dtype)
     tokens = parts.transformer(tokens + parts.positional_embedding[:length].to(dtype))  # [B, L, D]
