@@ -106,8 +106,8 @@ class TrainStep:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         # None instead of zeros: the first backward pass then writes gradients instead of adding to them.
         self.optimizer.zero_grad(set_to_none=True)
-        begin_step(unwrap(self.model))
         self._update.prepare()
+        begin_step(unwrap(self.model))
         if len(micro_batches) == 1:
             loss, outputs = self._backward(micro_batches[0])
         else:

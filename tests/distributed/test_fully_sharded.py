@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.factory import build_model
 from tests.distributed.launch import RankError, current_runtime, run_ranks
-from tests.models.tiny import CONTEXT, CONVNEXT, RESNET, TIMM_VIT, VOCABULARY, tiny_model
+from tests.models.tiny import CONTEXT, CONVNEXT, RESNET, TIMM_VIT, VOCABULARY, tiny_config, tiny_model
 from training.config import EngineConfig, LossConfig, OptimConfig, ResilienceConfig
 from training.data.batch import DeviceBatch
 from training.distributed.collectives import all_reduce_sum, gather_objects
@@ -240,8 +241,7 @@ def test_telemetry_measures_whole_tensors():
 def weights_from_rank_zero() -> tuple[bool, bool]:
     """A model that nobody but rank 0 has; its initial state, and whether it trains."""
     expected = tiny_model(TIMM_VIT)
-    with torch.device("meta"):
-        model = tiny_model(TIMM_VIT)
+    model = build_model(tiny_config(TIMM_VIT), device="meta")
     source = expected if current_runtime().is_main else None
     parallelize(model, config=EngineConfig(device="cpu", fsdp=True), runtime=current_runtime(), source=source)
     state = expected.state_dict()
@@ -255,8 +255,8 @@ def test_weights_of_one_rank_reach_all_bit_by_bit():
 
 
 def another_model_on_rank_one() -> None:
-    with torch.device("meta"):
-        model = tiny_model(text={"layers": 3 if current_runtime().is_main else 2})
+    layers = 3 if current_runtime().is_main else 2
+    model = build_model(tiny_config(text={"layers": layers}), device="meta")
     source = tiny_model() if current_runtime().is_main else None
     parallelize(model, config=EngineConfig(device="cpu", fsdp=True), runtime=current_runtime(), source=source)
 
