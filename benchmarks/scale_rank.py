@@ -164,11 +164,13 @@ def _exchange_table(rows: Sequence[dict[str, Any]]) -> str:
 
         changed = f"{row['changed_parameters']} of {row['of_parameters']}"
         name = f"{row['model']}, b = {row['batch_size']}" + (f" x {row['micro_batches']}" * (row["micro_batches"] > 1))
+        kind_of_copy = {None: "DDP", 0: "FSDP"}.get(row["shard_ranks"], f"HSDP-{row['shard_ranks']}")
         kinds = [of(kind) for kind in ("all_reduce", "all_gather", "reduce_scatter")]
-        return [name, row["kind_of_loss"], row["loss"], *kinds, changed]
+        return [name, kind_of_copy, row["kind_of_loss"], row["loss"], *kinds, changed]
 
     header = [
         "model",
+        "parallel",
         "loss",
         "its mean over ranks",
         "all-reduce",
