@@ -183,6 +183,7 @@ GresTypes=gpu
 # Nodes claim more CPUs and memory than the machine has.
 SlurmdParameters=config_overrides
 ReturnToService=2
+MinJobAge=3600
 SlurmdTimeout=10
 KillWait=5
 CompleteWait=0
