@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,7 @@ from training.checkpoint.mirror import FINISH_TIMEOUT_S, SIGNAL_TIMEOUT_S, Mirro
 from training.checkpoint.run_state import RunParts, names_a_run, read_weights, restore
 from training.checkpoint.saver import Saver
 from training.cli import Parsed, parse_or_exit
+from training.config import Config
 from training.data.accounting import DataBudgetExceeded
 from training.data.build import build_train_loader, has_train_data
 from training.data.loader import TrainLoader
@@ -91,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parsed = parse_or_exit(sys.argv[1:] if argv is None else argv)
     set_up_logging(path=None, debug=parsed.config.logging.debug, rank=0, on_screen=False)
     timeout = collective_timeout(parsed.config.resilience)
-    runtime = start_runtime(parsed.config.engine, collective_timeout=timeout)
+    runtime = _start_runtime(parsed.config, timeout)
     with fail_together(runtime) as job_end, ExitStack() as stack:
         watched = Watched(stack.enter_context(Preemption()), job_end, stack)
         start_training = _prepare(parsed, runtime, watched)
@@ -101,6 +103,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             logger.error("%s", error)
             raise SystemExit(DO_NOT_REQUEUE) from error
     close_runtime(runtime)
+
+
+def _start_runtime(config: Config, timeout: timedelta) -> Runtime:
+    """Meets the other ranks; what keeps them apart is one line."""
+    try:
+        return start_runtime(config.engine, collective_timeout=timeout)
+    except (ValueError, RuntimeError) as error:
+        if config.logging.debug:
+            raise
+        logger.error("%s", error)
+        # Names, ports and missing ranks may be mended by another start.
+        raise SystemExit(BAD_USAGE if isinstance(error, ValueError) else 1) from error
 
 
 @dataclass(frozen=True)
