@@ -154,6 +154,7 @@ def build_saver(run: Run, parts: RunParts) -> Saver | None:
         run_config=config_values(config),
         name=run.name,
         epochs=config.schedule.epochs,
+        epoch_files=not (config.engine.fsdp and config.engine.fsdp_checkpoint == "sharded"),
     )
 
 

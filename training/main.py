@@ -18,7 +18,6 @@ from typing import Any
 
 from models.factory import BuiltModel
 from models.tokenizer import build_tokenizer
-from models.weights import load_weights
 from training.assembly import (
     TrainedModel,
     build_device_loading,
@@ -31,9 +30,10 @@ from training.assembly import (
     set_device_defaults,
 )
 from training.checkpoint.config_change import ConfigChange, check_config_change, remarks
+from training.checkpoint.epoch_loading import restore_weights
 from training.checkpoint.manifest import DamagedCheckpoint
 from training.checkpoint.mirror import FINISH_TIMEOUT_S, SIGNAL_TIMEOUT_S, Mirror
-from training.checkpoint.run_state import RunParts, names_a_run, read_weights, restore
+from training.checkpoint.run_state import RunParts, names_a_run, restore
 from training.checkpoint.saver import Saver
 from training.cli import Parsed, parse_or_exit
 from training.config import Config
@@ -386,8 +386,7 @@ def _build_evaluation_only(
     if run.config.checkpoint.resume:
         path = agreed_resume_path(run)
         if path is not None:
-            epoch, state = read_weights(path)
-            load_weights(built.model, state)
+            epoch = restore_weights(path, built.model, runtime=run.runtime)
     cast_parameters(built.model, precision)
     built.model.to(run.runtime.device)
 

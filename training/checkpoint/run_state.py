@@ -14,10 +14,10 @@ from torch import Tensor
 
 from models.clip import Clip
 from training.checkpoint.beta2 import carry_beta2
-from training.checkpoint.checkpointer import Checkpointer, check_usable, none_is_whole, read_step_checkpoint
+from training.checkpoint.checkpointer import Checkpointer, check_usable, none_is_whole
 from training.checkpoint.config_change import saved_global_batch
 from training.checkpoint.epoch_loading import agree_on_epoch_file, check_shapes, send, send_weights
-from training.checkpoint.export import newest_epoch_file, newest_readable_epoch_file, read_epoch_file
+from training.checkpoint.export import newest_epoch_file, newest_readable_epoch_file
 from training.checkpoint.foreign_optimizer import load_foreign_optimizer
 from training.checkpoint.manifest import DamagedCheckpoint, verify
 from training.checkpoint.optimizer_state import SEPARATOR, check_optimizer_names, unpack_optimizer
@@ -283,15 +283,6 @@ def _lower_beta2(parts: RunParts) -> None:
 def _load_stateful(part: Stateful | None, state: dict[str, Any] | None) -> None:
     if part is not None and state is not None:
         part.load_state_dict(state)
-
-
-def read_weights(path: str) -> tuple[int, dict[str, Tensor]]:
-    """(completed epochs as far as the checkpoint tells, weights) of a step checkpoint or a ``.pt`` file."""
-    if path.endswith(".pt"):
-        checkpoint = read_epoch_file(path)
-        return checkpoint.epoch, dict(checkpoint.state_dict)
-    step = read_step_checkpoint(Path(path))
-    return int(step.train["epoch"]), dict(step.model)
 
 
 def _restore_epoch_file(
