@@ -25,8 +25,8 @@ from torch import Tensor
 
 from benchmarks.scale_jobs import LAION_SHARDS, LEGS
 from benchmarks.scale_report import Result, Tables, run_benchmark, seconds, table
-from training.data.build import choose_block, choose_lanes
 from training.data.decode import Sample
+from training.data.epoch import choose_block, choose_lanes
 from training.data.lanes import Deal, owned_lanes, shard_of_slot
 from training.data.loader import TrainLoader
 from training.data.position import RankPosition, StreamIdentity, StreamPosition, read_position

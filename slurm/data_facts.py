@@ -1,11 +1,7 @@
-"""Looks at the training data as the trainer will: how many samples, slots and lanes, and how large a sample is.
-
-The arithmetic of training/data/build.py, which needs torch; tests/slurm/test_plan.py holds the two against each other.
-"""
+"""Looks at the training data as the trainer will, without torch: how many samples and slots, how large a sample is."""
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 
@@ -13,15 +9,11 @@ import braceexpand
 
 from training.config import DataConfig
 from training.data.csv_reader import CsvTable
+from training.data.epoch import choose_parts, train_data_type
 from training.data.manifest import read_manifest
 from training.data.shards import ShardList, count_samples, expand_shards, is_local, storage_location
 from training.data.sources import SyntheticSource, slot_rows
 
-LANES_PER_RANK = 48
-_FEWEST_LANES_PER_RANK = 12
-_MOST_PARTS = 4
-_BLOCK_SAMPLES_PER_RANK = 4096
-_LARGEST_BLOCK = 2048
 _SHARDS_LOOKED_AT = 32
 
 
@@ -50,7 +42,7 @@ def read_data_facts(data: DataConfig, *, visible: bool = True) -> DataFacts:
     Raises:
         ValueError: no such data, or an unknown number of samples.
     """
-    kind = _kind(data)
+    kind = train_data_type(data)
     if not visible and kind != "synthetic":
         return _facts_from_flags(data, kind)
     if kind == "synthetic":
@@ -65,29 +57,6 @@ def read_data_facts(data: DataConfig, *, visible: bool = True) -> DataFacts:
         return _shard_facts(data, expand_shards(data.train_data, upsampling_factors=data.train_data_upsampling_factors))
     rows = _count_rows(data, data.train_data, kind)
     return DataFacts(kind, rows, -(-rows // slot_rows(rows)))
-
-
-def trains(data: DataConfig) -> bool:
-    """Whether there is anything to train on; without, a run only evaluates."""
-    return bool(data.train_data or data.train_data_manifest) or data.dataset_type == "synthetic"
-
-
-def _kind(data: DataConfig) -> str:
-    if data.train_data_manifest is not None:
-        return "webdataset"
-    if data.train_data is None or data.dataset_type != "auto":
-        return data.dataset_type
-    extension = data.train_data.rsplit(".", 1)[-1].lower()
-    if extension in ("csv", "tsv"):
-        return "csv"
-    if extension in ("jsonl", "ndjson"):
-        return "jsonl"
-    if data.train_data.startswith("pipe:") or "tar" in extension.split():
-        return "webdataset"
-    raise ValueError(
-        f"Cannot tell the type of {data.train_data!r} given to --train-data: pass --dataset-type webdataset, csv or "
-        "jsonl."
-    )
 
 
 def _shard_facts(data: DataConfig, shards: ShardList) -> DataFacts:
@@ -188,71 +157,3 @@ def is_on_s3(url: str | None) -> bool:
     """Whether a shard, or what a ``pipe:`` command copies, lies on S3."""
     location = storage_location(url) if url is not None else None
     return location is not None and location.startswith(("s3://", "s3a://", "s3n://"))
-
-
-# As in training/data/build.py.
-
-
-def choose_parts(num_shards: int) -> int:
-    """Into how many slots each shard is cut: 1 from 48 shards on, at most 4."""
-    return min(_MOST_PARTS, -(-LANES_PER_RANK // num_shards))
-
-
-def choose_lanes(data: DataConfig, slots: int, *, world_size: int) -> int:
-    """How many lanes a new run has.
-
-    Raises:
-        ValueError: the ranks do not get a lane each, or lanes would have no data.
-    """
-    if data.data_lanes:
-        _check_lanes(data, slots, world_size=world_size)
-        return data.data_lanes
-    if data.dataset_resampled:  # a slot reads any shard, so that lanes may be more than shards
-        slots = max(slots, _FEWEST_LANES_PER_RANK * world_size)
-    per_rank = min(LANES_PER_RANK, slots // world_size)
-    if per_rank == 0:
-        raise ValueError(
-            f"{slots} slots of data (shards, or parts of them) for {world_size} ranks: pass --dataset-resampled, use "
-            "fewer nodes, or write more and smaller shards."
-        )
-    if per_rank < LANES_PER_RANK and slots % world_size == 0:
-        return slots
-    return per_rank * world_size
-
-
-def _check_lanes(data: DataConfig, slots: int, *, world_size: int) -> None:
-    if data.data_lanes < world_size:
-        raise ValueError(f"{data.data_lanes} lanes for {world_size} ranks: raise --data-lanes, or leave it out.")
-    if data.data_lanes > slots and not data.dataset_resampled:
-        raise ValueError(
-            f"{data.data_lanes} lanes for {slots} slots of data, so some would have none of an epoch: pass "
-            f"--data-lanes {slots} or fewer, or --dataset-resampled."
-        )
-
-
-def choose_block(data: DataConfig, num_lanes: int, *, world_size: int) -> int:
-    """Samples that a lane shuffles among each other."""
-    wanted = max(1, min(_LARGEST_BLOCK, _BLOCK_SAMPLES_PER_RANK * world_size // num_lanes))
-    return data.shuffle_block or wanted
-
-
-def epoch_length(data: DataConfig, facts: DataFacts, *, world_size: int) -> tuple[int, int]:
-    """(batches per rank, samples of all ranks) in an epoch."""
-    if facts.kind == "webdataset":
-        workers = max(1, data.workers)
-        global_batches = math.ceil(facts.num_samples / (data.batch_size * world_size))
-        num_batches = math.ceil(global_batches / workers) * workers
-        return num_batches, num_batches * data.batch_size * world_size
-    return math.ceil(facts.num_samples / world_size) // data.batch_size, facts.num_samples
-
-
-def check_epoch(data: DataConfig, facts: DataFacts, *, world_size: int, accum_freq: int) -> None:
-    """Raises ValueError where an epoch has not one global batch."""
-    num_batches, _ = epoch_length(data, facts, world_size=world_size)
-    if num_batches < accum_freq or facts.num_samples < data.batch_size * world_size:
-        global_batch = data.batch_size * world_size * accum_freq
-        raise ValueError(
-            f"{facts.num_samples} samples are fewer than one global batch of {global_batch} "
-            f"({data.batch_size} per rank x {world_size} ranks x {accum_freq} micro-steps): lower --batch-size or "
-            "--accum-freq, use fewer nodes, or raise --train-num-samples."
-        )

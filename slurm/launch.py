@@ -20,7 +20,7 @@ from typing import Any
 from slurm import checks
 from slurm.bad_nodes import BAD_NODES_FILE, choose_excluded, read_suspects, usable_nodes
 from slurm.batch_script import BatchJob, render
-from slurm.data_facts import DataFacts, read_data_facts, trains
+from slurm.data_facts import DataFacts, read_data_facts
 from slurm.model_facts import find_facts
 from slurm.plan import Assumptions, JobShape, Plan, make_plan, saves_within_epochs
 from slurm.run_record import (
@@ -38,6 +38,7 @@ from slurm.squeue import find_partition, parse_time_s
 from slurm.summary import summarise
 from training.cli import parse, to_yaml
 from training.config import Config
+from training.data.epoch import has_train_data
 from training.naming import default_name
 from training.validation import logs_disabled
 
@@ -335,7 +336,7 @@ def _suspects(request: Request, run: Path, shape: JobShape, *, site: Site, now: 
 
 
 def _look_at_data(request: Request, config: Config, *, now: datetime) -> tuple[DataFacts | None, list[str]]:
-    if not trains(config.data):
+    if not has_train_data(config.data):
         return None, []
     try:
         data = read_data_facts(config.data, visible=not request.data_elsewhere)

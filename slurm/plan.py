@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from slurm.data_facts import DataFacts, check_epoch, choose_block, choose_lanes, epoch_length
+from slurm.data_facts import DataFacts
 from slurm.model_facts import FoundFacts, ModelFacts
 from training.checkpoint.parts import choose_writers
 from training.config import Config
+from training.data.epoch import check_epoch, choose_block, epoch_length, lanes_of
 
 _GIB = 2**30
 _LANE_BYTES = 20
@@ -234,17 +235,19 @@ def plan_steps(config: Config, data: DataFacts, *, world_size: int) -> Steps:
     Raises:
         ValueError: an epoch has no global batch, or ranks would have no lane.
     """
-    accum_freq = config.engine.accum_freq
-    check_epoch(config.data, data, world_size=world_size, accum_freq=accum_freq)
-    num_batches, samples = epoch_length(config.data, data, world_size=world_size)
-    lanes = choose_lanes(config.data, data.slots, world_size=world_size)
+    batch_size, accum_freq = config.data.batch_size, config.engine.accum_freq
+    num_batches, samples = epoch_length(
+        config.data, num_samples=data.num_samples, world_size=world_size, kind=data.kind
+    )
+    check_epoch(data.num_samples, num_batches, batch_size=batch_size, world_size=world_size, accum_freq=accum_freq)
+    lanes = lanes_of(config.data, data.slots, world_size=world_size)
     return Steps(
-        global_batch=config.data.batch_size * world_size * accum_freq,
+        global_batch=batch_size * world_size * accum_freq,
         per_epoch=num_batches // accum_freq,
         epochs=config.schedule.epochs,
         samples_per_epoch=samples,
         lanes=lanes,
-        block=choose_block(config.data, lanes, world_size=world_size),
+        block=config.data.shuffle_block or choose_block(lanes, world_size=world_size),
     )
 
 

@@ -38,7 +38,8 @@ from training.checkpoint.saver import Saver
 from training.cli import Parsed, parse_or_exit
 from training.config import Config
 from training.data.accounting import DataBudgetExceeded
-from training.data.build import build_train_loader, has_train_data
+from training.data.build import build_train_loader
+from training.data.epoch import has_train_data
 from training.data.loader import TrainLoader
 from training.data.prefetch import pin
 from training.data.storage import StorageError

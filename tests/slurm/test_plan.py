@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from models.config import PreprocessConfig, list_models
-from slurm import data_facts
 from slurm.data_facts import DataFacts, read_data_facts
 from slurm.model_facts import FACTS_PATH, FoundFacts, find_facts
 from slurm.plan import Assumptions, JobShape, Plan, choose_signal, make_plan, plan_checkpoints
@@ -16,6 +15,7 @@ from tests.factories import write_csv, write_shards
 from training.cli import load_config, parse_args
 from training.config import Config, ModelConfig
 from training.data import build
+from training.data.epoch import train_data_type
 
 RUNS = Path(__file__).resolve().parents[2] / "configs" / "runs"
 DAY = 24 * 3600
@@ -32,37 +32,6 @@ def plan_of(config: Config, *, nodes: int = 128, per_node: int = 8, data: DataFa
 def xxlarge(**engine: object) -> Config:
     config = load_config(RUNS / "convnext-xxlarge.yaml")
     return replace(config, engine=replace(config.engine, **engine))
-
-
-@pytest.mark.parametrize("world_size", [1, 3, 96, 1024])
-@pytest.mark.parametrize("slots", [7, 1024, 5000, 231_350])
-@pytest.mark.parametrize("flags", [(), ("--dataset-resampled",), ("--data-lanes=4096",)])
-def test_lanes_are_dealt_as_the_trainer_deals_them(world_size, slots, flags):
-    data = parse_args(["--train-data=a.tar", "--train-num-samples=1", *flags]).data
-
-    class Source:
-        slots_per_epoch = slots
-
-    def outcome(choose):
-        try:
-            return choose()
-        except ValueError as error:
-            return str(error).replace("nodes", "ranks")
-
-    ours = outcome(lambda: data_facts.choose_lanes(data, slots, world_size=world_size))
-    assert ours == outcome(lambda: build._num_lanes(data, Source(), world_size=world_size))  # type: ignore[arg-type]
-    if isinstance(ours, int):
-        block = build.choose_block(ours, world_size=world_size)
-        assert data_facts.choose_block(data, ours, world_size=world_size) == block
-
-
-@pytest.mark.parametrize("kind", ["webdataset", "csv", "synthetic"])
-@pytest.mark.parametrize("world_size", [1, 7, 1024])
-def test_an_epoch_is_as_long_as_the_trainers(kind, world_size):
-    data = parse_args([*SYNTHETIC, "--batch-size=80", "--workers=6"]).data
-    facts = DataFacts(kind, 100_003, 100)
-    expected = build.epoch_length(data, num_samples=100_003, world_size=world_size, kind=kind)
-    assert data_facts.epoch_length(data, facts, world_size=world_size) == expected
 
 
 def flags_for(kind: str, directory: Path) -> list[str]:
@@ -82,7 +51,7 @@ def test_data_is_counted_as_the_trainer_counts_it(kind, tmp_path):
     data = parse_args(flags_for(kind, tmp_path)).data
     source, num_samples, _ = build._build_source(data, preprocess=PreprocessConfig(size=(32, 32)), seed=0)
     facts = read_data_facts(data)
-    assert (facts.slots, facts.num_samples, facts.kind) == (source.slots_per_epoch, num_samples, build._type(data))
+    assert (facts.slots, facts.num_samples, facts.kind) == (source.slots_per_epoch, num_samples, train_data_type(data))
 
 
 def test_local_shards_tell_the_size_of_a_sample(tmp_path):
@@ -275,7 +244,7 @@ def test_what_does_not_fit_is_refused(flags, message):
 
 def test_fewer_slots_than_ranks_are_refused():
     config = parse_args([*SYNTHETIC, "--model=ViT-B-32"])
-    with pytest.raises(ValueError, match="5 slots of data .* for 8 ranks: pass --dataset-resampled, use fewer nodes"):
+    with pytest.raises(ValueError, match="5 slots of data .* for 8 ranks: pass --dataset-resampled, use fewer ranks"):
         plan_of(config, nodes=1, data=DataFacts("csv", 100_000, 5))
 
 

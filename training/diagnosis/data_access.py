@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from training.config import DataConfig
-from training.data.build import resolve_dataset_type, storage_options
+from training.data.build import storage_options
+from training.data.epoch import resolve_dataset_type
 from training.data.manifest import read_manifest
 from training.data.shards import expand_shards
 from training.data.storage import Storage, StorageError
