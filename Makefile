@@ -31,7 +31,7 @@ DEMO_RUN := $(if $(filter short,$(DEMO)),demo-short,demo)
 SOAK ?= 3
 SOAK_SEED ?= 1
 
-.PHONY: help install demo test soak lint gpu clean
+.PHONY: help install demo test cluster soak lint gpu clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -62,6 +62,10 @@ demo: $(INSTALLED)  ## make the demo shards, train on them, evaluate, print the 
 # Two test processes with one thread each: tests that start ranks of their own would fight over more.
 test: $(INSTALLED_TEST)  ## the whole suite, with the layer, style and type checks
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal --timeout 300 $(TEST_ARGS)
+
+# One after another: each has the whole cluster, and its jobs all the cores.
+cluster: $(INSTALLED_TEST)  ## the tests on a real SLURM, where sinfo answers (tests/cluster/slurm-sandbox.sh starts one)
+	CLIPYARD_REQUIRE_SLURM=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -v --timeout 900 tests/cluster
 
 # Bit-equal to an undisturbed run in the end, or it fails.
 soak: $(INSTALLED_TEST)  ## one fault after another at random, for SOAK minutes

@@ -80,10 +80,11 @@ class Clip(nn.Module):
     def forward(self, images: Tensor, texts: Tensor | PackedTexts) -> ClipOutput:
         """Encode a batch of pairs: images float [B, 3, H, W], normalised; texts int64 [B, L] or packed."""
         return ClipOutput(
-            image_features=self.encode_image(images, normalize=True),
-            text_features=self.encode_text(texts, normalize=True),
-            logit_scale=_full_precision(self.logit_scale).exp().squeeze(),  # [] or [1] -> []
-            logit_bias=None if self.logit_bias is None else _full_precision(self.logit_bias).squeeze(),
+            image_features=_normalized(self.visual(images)),
+            text_features=_normalized(self._text_features(texts)),
+            # New tensors, not views of parameters: whatever wraps the model puts its hooks on what comes out here.
+            logit_scale=_full_precision(self.logit_scale).squeeze().exp(),  # [] or [1] -> []
+            logit_bias=None if self.logit_bias is None else _full_precision(self.logit_bias).squeeze().clone(),
         )
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
@@ -97,10 +98,14 @@ class Clip(nn.Module):
         Raises:
             ValueError: packed texts, and a tower that needs the padding.
         """
+        features = self._text_features(texts)
+        return _normalized(features) if normalize else features
+
+    def _text_features(self, texts: Tensor | PackedTexts) -> Tensor:
         if isinstance(texts, PackedTexts):
             check_packable(self.config)
         features: Tensor = self.text(texts) if self.config.custom_text else encode_texts(self, texts)
-        return _normalized(features) if normalize else features
+        return features
 
     def _adopt(self, text: TextParts) -> None:
         """Take over the parts of a text tower, in the order in which OpenCLIP registers them."""

@@ -53,6 +53,7 @@ def create_model(
     pretrained_image: bool = False,
     device: str | torch.device = "cpu",
     cache_dir: str | None = None,
+    reads_weights: bool = True,
     force_quick_gelu: bool = False,
     force_custom_text: bool = False,
     force_patch_dropout: float | None = None,
@@ -72,6 +73,8 @@ def create_model(
         pretrained_image: start the timm trunk from timm's weights; without effect if CLIP weights are loaded.
         device: weights are drawn on the CPU and then moved, so a seed means the same weights on every device;
             ``meta`` builds without memory.
+        reads_weights: False for a model that gets its weights from elsewhere: the published ones are looked for, since
+            their publisher says how images are prepared, but not read.
     """
     source = find_model(name, cache_dir=cache_dir)
     config = override_config(
@@ -85,12 +88,12 @@ def create_model(
         init_logit_bias=init_logit_bias,
     )
     weights = find_pretrained(name, pretrained, cache_dir=cache_dir)
-    _check_weights(config, weights, pretrained_image=pretrained_image, device=torch.device(device))
     is_meta = torch.device(device).type == "meta"
-    from_parts = weights is None and not is_meta
+    _check_weights(config, weights, pretrained_image=pretrained_image, has_memory=not is_meta or not reads_weights)
+    from_parts = weights is None and not is_meta and reads_weights
     config = _with_tower_weights(config, image=pretrained_image and from_parts, text=from_parts)
     model = build_model(config, device="meta" if is_meta else "cpu")
-    state = read_state_dict(weights.path) if weights is not None else None
+    state = read_state_dict(weights.path) if weights is not None and reads_weights else None
     _load(model, state, forced_size=None if force_image_size is None else config.vision_cfg.image_hw)
     forced = {
         "mean": image_mean,
@@ -167,9 +170,9 @@ def _build_text_tower(config: ClipConfig, text: TextConfig) -> nn.Module:
 
 
 def _check_weights(
-    config: ClipConfig, weights: Pretrained | None, *, pretrained_image: bool, device: torch.device
+    config: ClipConfig, weights: Pretrained | None, *, pretrained_image: bool, has_memory: bool
 ) -> None:
-    if weights is not None and device.type == "meta":
+    if weights is not None and not has_memory:
         raise ValueError(f"device 'meta' has no memory for the weights of '{config.name}': drop --pretrained")
     if pretrained_image and config.vision_cfg.kind != "timm":
         raise ValueError(

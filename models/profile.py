@@ -42,7 +42,7 @@ def profile_model(config: ClipConfig) -> ModelProfile:
     """
     if config.text_cfg.hf_model_name is not None:
         raise ValueError(f"'{config.text_cfg.hf_model_name}' of model '{config.name}' cannot run without memory")
-    model = build_model(_without_downloads(config), device="meta").eval()
+    model = build_model(_without_downloads(config), device="meta").eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, Transformer):
             module.whole_last_block = True

@@ -82,7 +82,14 @@ def _pool_packed(parts: TextParts, texts: PackedTexts) -> Tensor:
 
 
 def _stream_dtype(parts: TextParts) -> torch.dtype:
-    """The low-precision modes keep embeddings in fp32; the residual stream has the precision of the blocks' weights."""
+    """Of the residual stream: the low-precision modes keep embeddings in fp32, and it has that of the blocks' weights.
+
+    Under autocast it keeps that of the embeddings: a block's weights may be copies in lower precision then (FSDP).
+    """
+    embedding = parts.token_embedding.weight
+    device = embedding.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # not for meta
+        return embedding.dtype
     return parts.transformer.get_parameter("resblocks.0.mlp.c_fc.weight").dtype
 
 

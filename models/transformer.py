@@ -28,13 +28,16 @@ Read = Tensor | int
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm that computes in the precision of its own weights and returns the precision of its input."""
+    """Layer norm that computes in the higher precision of weights and input, and returns that of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        # With fp32 weights and bf16 activations (--precision bf16) the statistics are fp32; a no-op when they agree.
-        normed = F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps)
-        return normed.to(x.dtype)
+        # The statistics are fp32 with fp32 weights and bf16 activations (--precision bf16), and with an fp32 residual
+        # stream and bf16 copies of weights (FSDP). A no-op when they agree.
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        bias: Tensor | None = self.bias  # None with norm_kwargs bias=False
+        bias = None if bias is None else bias.to(dtype)
+        return F.layer_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), bias, self.eps).to(x.dtype)
 
 
 class QuickGELU(nn.Module):

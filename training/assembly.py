@@ -6,9 +6,10 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from models.factory import BuiltModel, create_model
 from models.locking import lock_image_tower, lock_text_tower
@@ -24,15 +25,50 @@ from training.data.loader import TrainLoader
 from training.data.meter import DataMeter
 from training.data.prefetch import load_to_device
 from training.distributed.collectives import all_reduce_sum, gather_objects
+from training.distributed.parallelize import is_sharded, parallelize
+from training.distributed.runtime import Runtime, collective_timeout
 from training.optim.schedule import build_schedule as build_lr_schedule
 from training.plan import TrainPlan
-from training.precision import Precision
+from training.precision import Precision, cast_parameters
 from training.run import Run
 from training.state import TrainState
 
 
-def build_model(config: Config, *, cache_dir: str | None) -> BuiltModel:
-    """The model on the CPU, with weights loaded and towers locked as the flags say."""
+class TrainedModel(NamedTuple):
+    """A model with its configuration, and what wraps it (with FSDP nothing does)."""
+
+    built: BuiltModel
+    wrapped: nn.Module
+
+
+def build_trained_model(config: Config, *, runtime: Runtime, precision: Precision) -> TrainedModel:
+    """The model as it trains, on its device. Collective: all ranks.
+
+    A seed means the same weights with and without FSDP. With it only rank 0 has them in memory, until the others have
+    got their shards.
+    """
+    is_split = is_sharded(config.engine, world_size=runtime.world_size)
+    whole = build_model(config) if runtime.is_main or not is_split else None
+    built = build_model(config, skeleton=True) if whole is None or is_split else whole
+    for model in {built.model, built.model if whole is None else whole.model}:
+        cast_parameters(model, precision)
+    wrapped = parallelize(
+        built.model if is_split else built.model.to(runtime.device),
+        config=config.engine,
+        runtime=runtime,
+        param_dtype=precision.autocast_dtype,
+        source=whole.model if is_split and whole is not None else None,
+        timeout=collective_timeout(config.resilience),
+    )
+    return TrainedModel(built, wrapped)
+
+
+def build_model(config: Config, *, skeleton: bool = False) -> BuiltModel:
+    """The model on the CPU, with weights loaded and towers locked as the flags say.
+
+    Args:
+        skeleton: build it on ``meta``: without memory, and without weights.
+    """
     model, image = config.model, config.image
     # Source of the values: SigLIP (Zhai et al. 2023), section 3.2.
     siglip: dict[str, Any] = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
@@ -40,7 +76,9 @@ def build_model(config: Config, *, cache_dir: str | None) -> BuiltModel:
         model.model,
         pretrained=model.pretrained,
         pretrained_image=model.pretrained_image,
-        cache_dir=cache_dir,
+        device="meta" if skeleton else "cpu",
+        reads_weights=not skeleton,
+        cache_dir=model.cache_dir,
         force_quick_gelu=model.force_quick_gelu,
         force_custom_text=model.force_custom_text,
         force_patch_dropout=model.force_patch_dropout,
@@ -118,6 +156,7 @@ def build_saver(run: Run, parts: RunParts) -> Saver | None:
         run_config=config_values(config),
         name=run.name,
         epochs=config.schedule.epochs,
+        epoch_files=not (config.engine.fsdp and config.engine.fsdp_checkpoint == "sharded"),
     )
 
 

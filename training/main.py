@@ -12,28 +12,35 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 from models.factory import BuiltModel
 from models.tokenizer import build_tokenizer
-from models.weights import load_weights
 from training.assembly import (
+    TrainedModel,
     build_device_loading,
     build_meter,
     build_model,
     build_saver,
     build_schedule,
+    build_trained_model,
     seed_all,
     set_device_defaults,
 )
 from training.checkpoint.config_change import ConfigChange, check_config_change, remarks
+from training.checkpoint.epoch_loading import restore_weights
 from training.checkpoint.manifest import DamagedCheckpoint
 from training.checkpoint.mirror import FINISH_TIMEOUT_S, SIGNAL_TIMEOUT_S, Mirror
-from training.checkpoint.run_state import RunParts, names_a_run, read_weights, restore
+from training.checkpoint.run_state import RunParts, names_a_run, restore
+from training.checkpoint.saver import Saver
 from training.cli import Parsed, parse_or_exit
+from training.config import Config
 from training.data.accounting import DataBudgetExceeded
-from training.data.build import build_train_loader, has_train_data
+from training.data.build import build_train_loader
+from training.data.epoch import has_train_data
+from training.data.loader import TrainLoader
 from training.data.prefetch import pin
 from training.data.storage import StorageError
 from training.distributed.collectives import all_reduce_sum
@@ -41,7 +48,6 @@ from training.distributed.failure import fail_together
 from training.distributed.flight_recorder import FlightRecorder
 from training.distributed.hang_board import HangBoard
 from training.distributed.job_end import JobEnd
-from training.distributed.parallelize import parallelize
 from training.distributed.runtime import Runtime, close_runtime, collective_timeout, start_runtime
 from training.evaluation.evaluate import build_evaluators, evaluate
 from training.evaluation.evaluators import Evaluator
@@ -88,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parsed = parse_or_exit(sys.argv[1:] if argv is None else argv)
     set_up_logging(path=None, debug=parsed.config.logging.debug, rank=0, on_screen=False)
     timeout = collective_timeout(parsed.config.resilience)
-    runtime = start_runtime(parsed.config.engine, collective_timeout=timeout)
+    runtime = _start_runtime(parsed.config, timeout)
     with fail_together(runtime) as job_end, ExitStack() as stack:
         watched = Watched(stack.enter_context(Preemption()), job_end, stack)
         start_training = _prepare(parsed, runtime, watched)
@@ -98,6 +104,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             logger.error("%s", error)
             raise SystemExit(DO_NOT_REQUEUE) from error
     close_runtime(runtime)
+
+
+def _start_runtime(config: Config, timeout: timedelta) -> Runtime:
+    """Meets the other ranks; what keeps them apart is one line."""
+    try:
+        return start_runtime(config.engine, collective_timeout=timeout)
+    except (ValueError, RuntimeError) as error:
+        if config.logging.debug:
+            raise
+        logger.error("%s", error)
+        # Names, ports and missing ranks may be mended by another start.
+        raise SystemExit(BAD_USAGE if isinstance(error, ValueError) else 1) from error
 
 
 @dataclass(frozen=True)
@@ -152,11 +170,14 @@ def _build(run: Run, preemption: Preemption, watchdog: Watchdog) -> Callable[[],
     """Model and evaluations, and with training data everything else; returns what is left to do: to run it."""
     config, runtime = run.config, run.runtime
     set_device_defaults(runtime.device)
+    precision = build_precision(config.engine.precision, runtime.device)
     # As in OpenCLIP: one seed for the weights on all ranks, then one per rank for what each of them draws.
     seed_all(config.engine.seed)
-    built = build_model(config, cache_dir=config.model.cache_dir)
+    trained = None
+    if has_train_data(config.data):
+        trained = build_trained_model(config, runtime=runtime, precision=precision)
+    built = build_model(config) if trained is None else trained.built
     seed_all(config.engine.seed + runtime.rank)
-    precision = build_precision(config.engine.precision, runtime.device)
     evaluators = build_evaluators(
         config.evaluation,
         config.data,
@@ -166,22 +187,72 @@ def _build(run: Run, preemption: Preemption, watchdog: Watchdog) -> Callable[[],
         world_size=runtime.world_size,
         device=runtime.device,
     )
-    if not has_train_data(config.data):
+    if trained is None:
         return _build_evaluation_only(run, built, evaluators=evaluators, precision=precision, watchdog=watchdog)
     return _build_training(
-        run, built, evaluators=evaluators, precision=precision, preemption=preemption, watchdog=watchdog
+        run, trained, evaluators=evaluators, precision=precision, preemption=preemption, watchdog=watchdog
     )
 
 
 def _build_training(
     run: Run,
-    built: BuiltModel,
+    trained: TrainedModel,
     *,
     evaluators: Sequence[Evaluator],
     precision: Precision,
     preemption: Preemption,
     watchdog: Watchdog,
 ) -> Callable[[], None]:
+    config, built = run.config, trained.built
+    loader = _build_loader(run, built)
+    plan = _build_plan(run, loader)
+    parts = _build_parts(run, built, loader, precision=precision)
+    optimizer = parts.optimizer
+    base_lr = float(optimizer.param_groups[0]["lr"])  # --lr, or the default of an optimizer that was given none
+    beta2 = optimizer.defaults["betas"][1] if "betas" in optimizer.defaults else None
+    origin = _resume(run, parts, plan=plan)
+    parts.state.schedule_batch = parts.state.schedule_batch or plan.samples_per_step
+    record_settings(run, built.model, plan)
+    record_start(run, loader, first_step=parts.state.step, origin=origin)
+    reporter = build_reporter(run, plan, loader_samples=loader.num_samples, first_step=parts.state.step)
+    saver = build_saver(run, parts)
+    mirror = start_mirror(run)
+    supervisor = _build_supervisor(
+        run, parts, saver=saver, reporter=reporter, preemption=preemption, watchdog=watchdog, beta2=beta2
+    )
+    train_step = TrainStep(
+        model=trained.wrapped,
+        loss=build_loss(config.loss),
+        optimizer=optimizer,
+        scaler=parts.scaler,
+        precision=precision,
+        grad_clip_norm=config.optim.grad_clip_norm,
+        num_sources=len(loader.source.source_names),
+        guard=parts.guard,
+    )
+    return partial(
+        _train_and_close,
+        run,
+        reporter,
+        plan=plan,
+        parts=parts,
+        train_step=train_step,
+        schedule=build_schedule(config.schedule, lr=base_lr, plan=plan, state=parts.state),
+        load=build_device_loading(
+            built, precision, device=run.runtime.device, text_packing=config.engine.text_packing
+        ),
+        trace=open_trace(run, first_step=parts.state.step),
+        measurement=_build_measurement(
+            run, parts, plan, train_step=train_step, supervisor=supervisor, reporter=reporter
+        ),
+        evaluate=partial(_evaluate_epoch, run, built, evaluators, precision),
+        saver=saver,
+        supervisor=supervisor,
+        mirror=mirror,
+    )
+
+
+def _build_loader(run: Run, built: BuiltModel) -> TrainLoader:
     config, runtime = run.config, run.runtime
     loader = build_train_loader(
         config.data,
@@ -195,17 +266,24 @@ def _build_training(
         pin=pin if runtime.device.type == "cuda" else None,
     )
     loader.check_first_sample()
-    plan = TrainPlan(
+    return loader
+
+
+def _build_plan(run: Run, loader: TrainLoader) -> TrainPlan:
+    config = run.config
+    return TrainPlan(
         steps_per_epoch=loader.num_batches // config.engine.accum_freq,
         epochs=config.schedule.epochs,
         accum_freq=config.engine.accum_freq,
-        samples_per_step=config.data.batch_size * runtime.world_size * config.engine.accum_freq,
+        samples_per_step=config.data.batch_size * run.runtime.world_size * config.engine.accum_freq,
         log_every_n_steps=config.logging.log_every_n_steps,
         log_metric_every_n_steps=config.logging.log_metric_every_n_steps,
     )
-    cast_parameters(built.model, precision)
-    built.model.to(runtime.device)
-    trained = parallelize(built.model, config=config.engine, runtime=runtime)
+
+
+def _build_parts(run: Run, built: BuiltModel, loader: TrainLoader, *, precision: Precision) -> RunParts:
+    """What a checkpoint holds."""
+    config, runtime = run.config, run.runtime
     optimizer = build_optimizer(built.model, config.optim)
     guard = StepGuard(
         config.resilience,
@@ -215,69 +293,60 @@ def _build_training(
         all_reduce_sum=all_reduce_sum,
     )
     escalation = Escalation(config.resilience, clips_updates=isinstance(optimizer, StableAdamW))
-    parts = RunParts(
+    return RunParts(
         built.model, optimizer, precision.grad_scaler(), loader, TrainState(), guard=guard, escalation=escalation
     )
-    base_lr = float(optimizer.param_groups[0]["lr"])  # --lr, or the default of an optimizer that was given none
-    beta2 = optimizer.defaults["betas"][1] if "betas" in optimizer.defaults else None
-    origin = _resume(run, parts, plan=plan)
-    parts.state.schedule_batch = parts.state.schedule_batch or plan.samples_per_step
-    record_settings(run, built.model, plan)
-    record_start(run, loader, first_step=parts.state.step, origin=origin)
-    reporter = build_reporter(run, plan, loader_samples=loader.num_samples, first_step=parts.state.step)
-    saver = build_saver(run, parts)
-    mirror = start_mirror(run)
-    supervisor = Supervisor(
-        Watch(guard, escalation, preemption, watchdog, open_events(run, reporter, first_step=parts.state.step)),
-        config=config.resilience,
+
+
+def _build_supervisor(
+    run: Run,
+    parts: RunParts,
+    *,
+    saver: Saver | None,
+    reporter: Reporter | None,
+    preemption: Preemption,
+    watchdog: Watchdog,
+    beta2: float | None,
+) -> Supervisor:
+    assert parts.guard is not None
+    assert parts.escalation is not None
+    events = open_events(run, reporter, first_step=parts.state.step)
+    return Supervisor(
+        Watch(parts.guard, parts.escalation, preemption, watchdog, events),
+        config=run.config.resilience,
         parts=parts,
         saver=saver,
         reporter=reporter,
         root=run.paths.root if run.paths else None,
-        runtime=runtime,
+        runtime=run.runtime,
         beta2=beta2,
     )
-    train_step = TrainStep(
-        model=trained,
-        loss=build_loss(config.loss),
-        optimizer=optimizer,
-        scaler=parts.scaler,
-        precision=precision,
-        grad_clip_norm=config.optim.grad_clip_norm,
-        num_sources=len(loader.source.source_names),
-        guard=guard,
+
+
+def _build_measurement(
+    run: Run,
+    parts: RunParts,
+    plan: TrainPlan,
+    *,
+    train_step: TrainStep,
+    supervisor: Supervisor,
+    reporter: Reporter | None,
+) -> Measurement:
+    telemetry = Telemetry(
+        parts.model,
+        parts.optimizer,
+        every=run.config.resilience.telemetry_every_n_steps,
+        autocast=train_step.precision.autocast,
     )
-    return partial(
-        _train_and_close,
-        run,
-        reporter,
-        plan=plan,
+    return Measurement(
+        plan,
         parts=parts,
-        train_step=train_step,
-        schedule=build_schedule(config.schedule, lr=base_lr, plan=plan, state=parts.state),
-        load=build_device_loading(
-            built, precision, device=runtime.device, text_packing=config.engine.text_packing
-        ),
-        trace=open_trace(run, first_step=parts.state.step),
-        measurement=Measurement(
-            plan,
-            parts=parts,
-            compute_clock=train_step.compute_clock,
-            meter=build_meter(run, loader),
-            telemetry=Telemetry(
-                built.model,
-                optimizer,
-                every=config.resilience.telemetry_every_n_steps,
-                autocast=precision.autocast,
-            ),
-            supervisor=supervisor,
-            reporter=reporter,
-            runtime=runtime,
-        ),
-        evaluate=partial(_evaluate_epoch, run, built, evaluators, precision),
-        saver=saver,
+        compute_clock=train_step.compute_clock,
+        meter=build_meter(run, parts.loader),
+        telemetry=telemetry,
         supervisor=supervisor,
-        mirror=mirror,
+        reporter=reporter,
+        runtime=run.runtime,
     )
 
 
@@ -320,8 +389,7 @@ def _build_evaluation_only(
     if run.config.checkpoint.resume:
         path = agreed_resume_path(run)
         if path is not None:
-            epoch, state = read_weights(path)
-            load_weights(built.model, state)
+            epoch = restore_weights(path, built.model, runtime=run.runtime)
     cast_parameters(built.model, precision)
     built.model.to(run.runtime.device)
 

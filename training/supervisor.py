@@ -116,7 +116,7 @@ class Supervisor:
         self._vitals = DelayedVitals()
         self._samples: deque[tuple[int, list[Tensor]]] = deque(maxlen=LAG + 1)
         self._beta2 = beta2
-        self._saved: list[int] = []
+        self._saved: list[int] = [] if saver is None else saver.untagged()
         """Checkpoints that are neither known to be good nor given up."""
         self._equal_until = parts.state.step
         """Up to this step the ranks' parameters are known to have been equal."""

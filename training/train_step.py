@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from models.clip import ClipOutput
 from training.data.batch import DeviceBatch
 from training.distributed.parallelize import unwrap
+from training.distributed.sharding import begin_step, exchange_gradients, take_gradients
 from training.losses import Loss
 from training.losses.by_group import losses_by_group
 from training.observability.compute_clock import ComputeClock
@@ -106,10 +107,12 @@ class TrainStep:
         # None instead of zeros: the first backward pass then writes gradients instead of adding to them.
         self.optimizer.zero_grad(set_to_none=True)
         self._update.prepare()
+        begin_step(unwrap(self.model))
         if len(micro_batches) == 1:
             loss, outputs = self._backward(micro_batches[0])
         else:
             loss, outputs = self._backward_accumulated(micro_batches)
+        take_gradients(unwrap(self.model))  # collective with FSDP: all ranks
         result = self._update(loss=loss, features=_sum_of_features(outputs))
         first = outputs[0]
         return StepMetrics(
@@ -153,9 +156,11 @@ class TrainStep:
 
         # 3. Through the towers, piece by piece. Ranks exchange gradients once, in DDP's backward pass of the last one.
         # A backward pass of the plain model beside it adds to this rank's gradients only, and DDP averages the sum.
+        # FSDP has no plain model: it is told to keep gradients until the last one.
         last = len(micro_batches) - 1
         for index, (batch, state, gradients) in enumerate(zip(micro_batches, random_states, cut, strict=True)):
             state.restore()  # the same dropout masks as in 1, or these would be other features than the loss saw
+            exchange_gradients(self.model, index == last)
             model = self.model if index == last else unwrap(self.model)
             _backward_from(self._forward(model, batch), gradients)
         return loss.detach(), outputs

@@ -158,6 +158,7 @@ def validate(config: Config) -> None:
             _image_problems(config),
             _augmentation_problems(config.image.aug_cfg),
             _optimizer_problems(config),
+            _fsdp_problems(config),
             _schedule_problems(config),
             _checkpoint_problems(config),
             _report_problems(config.logging.report_to),
@@ -354,6 +355,51 @@ def _optimizer_problems(config: Config) -> Iterator[str]:
         yield f"--opt {optim.opt} groups parameters by timm's own rule: leave --wd-exclude out, or use --opt adamw."
 
 
+# Optimizers of timm's that update every element by itself. The others take norms or factors of whole tensors, of which
+# a rank has some rows only.
+_ELEMENTWISE = (
+    "sgd",
+    "momentum",
+    "adam",
+    "adamw",
+    "adamax",
+    "nadam",
+    "nadamw",
+    "radam",
+    "rmsprop",
+    "lion",
+    "adabelief",
+)
+
+
+def _fsdp_problems(config: Config) -> Iterator[str]:
+    engine, optim = config.engine, config.optim
+    if not engine.fsdp:
+        return
+    if engine.fsdp_shard_ranks == 1:
+        yield "--fsdp-shard-ranks 1 shares nothing out: leave --fsdp out, or pass how many processes share a copy."
+    if engine.precision in ("bf16", "fp16"):
+        yield (
+            f"--fsdp with --precision {engine.precision}, which mixes types of weights within a block: use amp_bf16 "
+            "(weights are gathered in bf16 and kept in fp32), or pure_bf16."
+        )
+    name = optim.opt.lower().removeprefix("timm/")
+    if _is_timm(optim) and name not in _ELEMENTWISE:
+        yield (
+            f"--fsdp with --opt {optim.opt}, which may need whole tensors where a process has some rows: use adamw, "
+            f"stableadamw, nadamw, or timm/ with one of {', '.join(_ELEMENTWISE)}."
+        )
+    if _is_timm(optim) and optim.opt_kwargs.get("caution"):
+        yield "--fsdp with --opt-kwargs caution=True, which weighs whole tensors: leave it out."
+    if engine.fsdp_offload_cpu and engine.device == "cpu":
+        yield "--fsdp-offload-cpu with --device cpu: the shards are in host memory already. Leave it out."
+    if engine.fsdp_offload_cpu and engine.precision == "amp":
+        yield (
+            "--fsdp-offload-cpu with --precision amp: the loss scaler does not wait for what it copies to host memory. "
+            "Use amp_bf16."
+        )
+
+
 def _schedule_problems(config: Config) -> Iterator[str]:
     schedule = config.schedule
     if schedule.lr_scheduler != "const-cooldown":
@@ -450,6 +496,12 @@ def _inert_groups(config: Config) -> list[tuple[bool, str, tuple[str, ...]]]:
             "--torchcompile is not given",
             ("torchcompile_strategy", "torchcompile_backend", "torchcompile_mode"),
         ),
+        (
+            not config.engine.fsdp,
+            "--fsdp is not given",
+            ("fsdp_shard_ranks", "fsdp_no_reshard_after_forward", "fsdp_offload_cpu", "fsdp_checkpoint"),
+        ),
+        (config.engine.fsdp, "--fsdp takes the place of DDP", ("ddp_static_graph",)),
         (not config.loss.siglip, "--siglip is not given", ("loss_dist_impl",)),
         (not _is_timm(config.optim), f"--opt {config.optim.opt} has no such setting", ("momentum",)),
         (

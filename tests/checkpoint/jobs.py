@@ -14,7 +14,7 @@ import torch
 from benchmarks.memory import peak_gib, reset_peak, resident_gib
 from tests.checkpoint.tiny_run import ALONE, build_saver, same, state_of, tiny_parts, train_steps
 from tests.distributed.launch import current_runtime
-from training.checkpoint import checkpointer, run_state
+from training.checkpoint import capture, checkpointer, run_state
 from training.checkpoint.checkpointer import Checkpointer
 from training.checkpoint.manifest import DamagedCheckpoint
 from training.checkpoint.parts import choose_writers
@@ -23,7 +23,7 @@ from training.checkpoint.run_state import find_resume_path, restore
 
 def write_in_parts() -> None:
     """As a model of several GiB would be: one writer per 30 kB of the tiny model."""
-    run_state.choose_writers = partial(choose_writers, bytes_per_writer=30_000)  # type: ignore[assignment]
+    capture.choose_writers = partial(choose_writers, bytes_per_writer=30_000)  # type: ignore[assignment]
 
 
 def save_and_restore(root: str) -> dict[str, object]:
@@ -62,9 +62,11 @@ def restore_a_larger_model(root: str) -> tuple[float, float]:
     saver._staging = None  # type: ignore[assignment]
     for parameter in parts.model.parameters():
         parameter.grad = None
+    path = f"{root}/step_00000001"
+    restore(path, parts, runtime=runtime, steps_per_epoch=1, samples_per_step=4)  # all code is in memory from here on
     before = resident_gib()  # with an optimizer state, which the one that is read replaces
     reset_peak(device)
-    restore(f"{root}/step_00000001", parts, runtime=runtime, steps_per_epoch=1, samples_per_step=4)
+    restore(path, parts, runtime=runtime, steps_per_epoch=1, samples_per_step=4)
     return size, (peak_gib(device) - before) * 1024
 
 
@@ -120,9 +122,9 @@ def restore_other_bits(root: str) -> str:
     if runtime.rank == 1:
         real = run_state.check_equal
 
-        def flip(plan: object, tensors: dict[str, torch.Tensor]) -> None:
+        def flip(plan: object, tensors: dict[str, torch.Tensor], **rest: object) -> None:
             tensors["visual.proj"].view(-1)[3] += 1e-6
-            real(plan, tensors)  # type: ignore[arg-type]
+            real(plan, tensors, **rest)  # type: ignore[arg-type]
 
         run_state.check_equal = flip  # type: ignore[assignment]
     try:

@@ -481,3 +481,26 @@ def test_a_writer_that_is_late_does_not_bring_back_what_was_abandoned(tmp_path: 
     with pytest.raises(FileNotFoundError):
         checkpointer.write_share(staging, Share({}, {"train.json": "{}"}), writer=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_retention_leaves_what_is_being_read_until_it_is_not(tmp_path: Path) -> None:
+    writer, reader = Checkpointer(tmp_path), Checkpointer(tmp_path)  # of one process, as the mirror has its own
+    for step in (1, 2):
+        writer.save(step, _content(float(step)))
+    with reader.hold(1), reader.hold(2):
+        for step in (3, 4):
+            writer.save(step, _content(float(step)))
+        assert writer.steps() == [1, 2, 3, 4]
+    writer.remove_old()
+    assert writer.steps() == [3, 4]
+
+
+def test_a_scratch_directory_is_gone_afterwards_and_none_of_the_janitors_business(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path)
+    with checkpointer.scratch() as scratch:
+        (scratch / "file").write_text("x")
+        assert checkpointer.clean_up() == []
+        assert scratch.exists()
+    assert list(tmp_path.iterdir()) == []
+    with checkpointer.scratch() as scratch:
+        assert Checkpointer(tmp_path).clean_up() == [scratch]  # by a later start: this process was killed

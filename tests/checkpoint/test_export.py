@@ -259,3 +259,22 @@ def test_an_epoch_file_that_cannot_be_written_is_a_failed_save_and_no_trace(
     with pytest.raises(RuntimeError, match=r"The last save of the run failed \(epoch_3.pt: RuntimeError.*enforce fail"):
         saver.finish()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step_00000000"]
+
+
+def test_a_flipped_bit_in_an_epoch_file_is_not_read_as_a_weight(tmp_path: Path) -> None:
+    """torch.load compares no check sums, whichever way it reads."""
+    path, weights = tmp_path / "epoch_1.pt", torch.arange(5000.0)
+    torch.save({"epoch": 1, "state_dict": {"w": weights}}, path)
+    data = bytearray(path.read_bytes())
+    data[data.find(weights.numpy().tobytes()) + 4001] ^= 1
+    path.write_bytes(data)
+    assert torch.load(path, weights_only=True)["state_dict"]["w"].shape == (5000,)
+    with pytest.raises(ValueError, match=r"epoch_1.pt' cannot be read as a checkpoint \(it is damaged"):
+        read_epoch_file(str(path))
+
+
+def test_a_file_of_the_old_format_is_read_as_well(tmp_path: Path) -> None:
+    torch.save(
+        {"epoch": 2, "state_dict": {"w": torch.ones(3)}}, tmp_path / "x.pt", _use_new_zipfile_serialization=False
+    )
+    assert read_epoch_file(str(tmp_path / "x.pt")).epoch == 2

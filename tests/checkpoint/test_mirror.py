@@ -221,7 +221,7 @@ def test_a_kill_during_an_upload_leaves_each_checkpoint_whole_or_absent(
     assert whole_steps(bucket.url("run")) == [10, 20]
 
 
-def _wait_for(condition: object, *, timeout_s: float = 20) -> None:
+def _wait_for(condition: object, *, timeout_s: float = 90) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline

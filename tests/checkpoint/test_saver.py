@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def _slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 @contextmanager
 def _full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def write(path: Path, tensors: object) -> None:
+    def write(path: Path, *_: object) -> None:
         path.write_bytes(b"a part of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -288,3 +289,18 @@ def test_a_run_with_nothing_but_damage_goes_on_from_an_epoch_file_before_it_star
     assert ("Going on from" in caplog.text) == readable
     assert find_resume_path("latest", checkpoints=tmp_path) == expected, "a later start without permission agrees"
     assert len(list(tmp_path.glob("damaged-*"))) == 2 + (not readable)
+
+
+def test_a_run_that_starts_again_knows_which_checkpoints_wait_for_a_verdict(tmp_path: Path) -> None:
+    parts = tiny_parts()
+    saver = build_saver(tmp_path, parts, checkpointer=Checkpointer(tmp_path, keep=9))
+    for _ in range(4):
+        train_steps(parts)
+        saver.save_now_and_wait(0, "exit")
+    saver.tag_good(1)
+    saver.tag_suspect(4)
+    parts.state.step = 2
+    assert build_saver(tmp_path, parts).untagged() == [2]
+    parts.state.step = 9
+    assert build_saver(tmp_path, parts).untagged() == [2, 3]
+    assert build_saver(tmp_path, parts, runtime=replace(ALONE, rank=1, world_size=2)).untagged() == []

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from training.checkpoint.manifest import DamagedCheckpoint
-from training.checkpoint.tensor_file import TensorReader, map_tensors, read_entries, write_tensors, write_text
+from training.checkpoint.tensor_file import Piece, TensorReader, map_tensors, read_entries, write_tensors, write_text
 
 TENSORS = {
     "matrix": torch.randn(3, 4),
@@ -48,6 +48,15 @@ def test_size_and_hash_are_those_of_the_file_for_writer_and_reader(tmp_path: Pat
     assert write_text(tmp_path / "y", "å") == (2, hashlib.sha256("å".encode()).hexdigest())
 
 
+def test_rows_of_a_tensor_say_where_they_belong_and_the_library_reads_them(tmp_path: Path) -> None:
+    rows, column = torch.randn(2, 3), torch.randn(4, 1)
+    write_tensors(tmp_path / "x", {"rows": rows, "column": column}, {"rows": Piece((7, 3), 4)})
+    entries = {entry.name: entry for entry in read_entries(tmp_path / "x")}
+    assert (entries["rows"].full_shape, entries["rows"].row, entries["rows"].is_whole) == ((7, 3), 4, False)
+    assert (entries["column"].full_shape, entries["column"].row, entries["column"].is_whole) == ((4, 1), 0, True)
+    assert torch.equal(load_file(tmp_path / "x")["rows"], rows)
+
+
 def test_a_file_without_tensors_is_read_too(tmp_path: Path) -> None:
     written = write_tensors(tmp_path / "x", {})
     assert map_tensors(tmp_path / "x") == {}
@@ -75,6 +84,10 @@ def _entry(start: int, end: int, *, dtype: str = "U8", shape: list[object] | Non
     return {"dtype": dtype, "shape": [end - start] if shape is None else shape, "data_offsets": [start, end]}
 
 
+def _pieces(pieces: object) -> dict[str, object]:
+    return {"a": _entry(0, 4), "__metadata__": {"pieces": json.dumps(pieces)}}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -93,6 +106,17 @@ def _entry(start: int, end: int, *, dtype: str = "U8", shape: list[object] | Non
         (_file({"a": _entry(0, 4), "b": _entry(2, 6)}, b"123456"), "'b' lies from 2 to 6, expected from 4"),
         (_file({"a": _entry(0, 4)}, b"123456"), "data end at byte .* of"),
         (_file({"a": _entry(0, 40)}, b"123456"), "data end at byte .* of"),
+        (
+            _file(_pieces({"a": [[8], 5]}), b"1234"),
+            r"has rows of shape \(4,\) from row 5 on, of a tensor of shape \(8,",
+        ),
+        (_file(_pieces({"a": [[8, 2], 0]}), b"1234"), r"has rows of shape \(4,\) from row 0 on"),
+        (_file(_pieces({"a": [[], 0]}), b"1234"), r"has rows of shape \(4,\) from row 0 on"),
+        (_file(_pieces({"a": [[8], -1]}), b"1234"), r"'a' is a piece of \[\[8\], -1\]"),
+        (_file(_pieces({"a": [[8], True]}), b"1234"), "'a' is a piece of"),
+        (_file(_pieces({"b": [[8], 0]}), b"1234"), "pieces of tensors that are not there, such as 'b'"),
+        (_file(_pieces([3]), b"1234"), "has no valid header"),
+        (_file({"a": _entry(0, 4), "__metadata__": {"pieces": "{"}}, b"1234"), "has no valid header"),
     ],
 )
 def test_a_header_that_lies_is_refused_before_memory_is_taken(tmp_path: Path, content: bytes, message: str) -> None:

@@ -184,7 +184,11 @@ def answers() -> str:
     if shutil.which("sinfo") is None:
         return "sinfo is not installed"
     asked = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=60, check=False)
-    return "" if asked.returncode == 0 and asked.stdout.strip() else f"sinfo says: {asked.stderr.strip() or 'no nodes'}"
+    return (
+        ""
+        if asked.returncode == 0 and asked.stdout.strip()
+        else f"sinfo says: {' '.join(asked.stderr.split()) or 'no nodes'}"
+    )
 
 
 def command(

@@ -183,11 +183,12 @@ GresTypes=gpu
 # Nodes claim more CPUs and memory than the machine has.
 SlurmdParameters=config_overrides
 ReturnToService=2
+MinJobAge=3600
 SlurmdTimeout=10
 KillWait=5
 CompleteWait=0
 BatchStartTimeout=10
-MessageTimeout=10
+MessageTimeout=30
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 JobRequeue=1
 # A job of partition main takes the nodes of one of partition low, which is requeued after GraceTime.

@@ -13,15 +13,9 @@ from tests.factories import character_tokens, jpeg_bytes, token_texts, write_csv
 from training.config import DataConfig, ImageConfig
 from training.data.accounting import skipped
 from training.data.batch import Batch
-from training.data.build import (
-    build_train_loader,
-    choose_block,
-    choose_lanes,
-    choose_parts,
-    epoch_length,
-    resolve_dataset_type,
-)
+from training.data.build import build_train_loader
 from training.data.csv_reader import CsvTable, StringTable
+from training.data.epoch import choose_block, choose_lanes, choose_parts, epoch_length, resolve_dataset_type
 from training.data.loader import TrainLoader
 from training.data.storage import StorageError
 
@@ -43,9 +37,7 @@ def _loader(config: DataConfig, *, rank: int = 0, world_size: int = 1, seed: int
 
 def _take(loader: TrainLoader, count: int) -> list[Batch]:
     """Copies of the first batches: the loader writes the next ones over them."""
-    return [
-        batch._replace(images=batch.images.clone(), texts=batch.texts.clone()) for batch in islice(loader, count)
-    ]
+    return [batch._replace(images=batch.images.clone(), texts=batch.texts.clone()) for batch in islice(loader, count)]
 
 
 def _captions(batches: list[Batch]) -> list[str]:

@@ -7,18 +7,48 @@ import logging
 import os
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._C._distributed_c10d import HashStore
 
 from tests.distributed.jobs import main_at
 from tests.distributed.launch import current_runtime, free_port, run_ranks, start_ranks
 from training.config import EngineConfig, ResilienceConfig
 from training.distributed.collectives import all_reduce_sum, barrier
 from training.distributed.flight_recorder import FlightRecorder, LastCollective, enable_recording
-from training.distributed.runtime import Place, Runtime, collective_timeout, read_place, start_runtime
+from training.distributed.meeting import Seat
+from training.distributed.runtime import (
+    Place,
+    Runtime,
+    check_devices,
+    choose_device,
+    collective_timeout,
+    read_place,
+    read_srun_task,
+    start_runtime,
+)
 
-SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
+SRUN = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NODELIST": "node[0-1]",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+}
+ONE_TASK = SRUN | {
+    "SLURM_PROCID": "0",
+    "SLURM_NTASKS": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_STEP_NODELIST": "node0",
+    "SLURM_STEP_TASKS_PER_NODE": "1",
+}
+BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 
 
@@ -29,11 +59,19 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
         (TORCHRUN, Place(3, 1, 4)),
         (SRUN, Place(5, 1, 8)),
         # torchrun inside of an allocation: its own variables are the answer.
-        (SRUN | TORCHRUN, Place(3, 1, 4)),
-        # The historical scripts export WORLD_SIZE and leave the rest to srun.
+        (SRUN | TORCHRUN | {"TORCHELASTIC_RUN_ID": "x"}, Place(3, 1, 4)),
+        # Some scripts export WORLD_SIZE and leave the rest to srun, some all of it.
         (SRUN | {"WORLD_SIZE": "8"}, Place(5, 1, 8)),
-        # One task of an allocation, and torchrun with one process.
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, Place(0, 0, 1)),
+        (SRUN | {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1"}, Place(5, 1, 8)),
+        # Left over from another launch, and of no use to anybody.
+        (SRUN | {"LOCAL_RANK": "0"}, Place(5, 1, 8)),
+        # One task of an allocation, torchrun with one process, and torchrun below such a task.
+        (ONE_TASK, Place(0, 0, 1)),
+        (ONE_TASK | TORCHRUN, Place(3, 1, 4)),
+        (SRUN | {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"}, Place(0, 0, 1)),
+        # mpirun in a batch script.
+        (BATCH_SCRIPT | {"OMPI_COMM_WORLD_RANK": "6", "OMPI_COMM_WORLD_LOCAL_RANK": "2"}, Place(6, 2, 8)),
+        (BATCH_SCRIPT | {"SLURM_NTASKS": "1"}, Place(0, 0, 1)),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Place(0, 0, 1)),
         ({"RANK": "2", "WORLD_SIZE": "4"}, Place(2, 0, 4)),
     ],
@@ -50,37 +88,16 @@ def test_the_place_is_read_from_any_launcher(environment, place):
         (TORCHRUN | {"WORLD_SIZE": "four"}, "WORLD_SIZE='four' is not a whole number"),
         (TORCHRUN | {"WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be at least 1"),
         (SRUN | {"WORLD_SIZE": "16"}, "WORLD_SIZE=16 but srun started SLURM_NTASKS=8 tasks: unset WORLD_SIZE"),
+        # Eight runs of one process each, all in the same directory.
+        (SRUN | {"WORLD_SIZE": "1"}, "WORLD_SIZE=1 but srun started SLURM_NTASKS=8 tasks: unset WORLD_SIZE"),
+        (SRUN | {"WORLD_SIZE": "1", "RANK": "0"}, "WORLD_SIZE=1 but srun started SLURM_NTASKS=8 tasks"),
+        (SRUN | {"RANK": "0"}, "RANK=0 but srun made this process SLURM_PROCID=5: RANK is left over.*unset RANK"),
+        (BATCH_SCRIPT, "SLURM_NTASKS=8 tasks, but this process was not started by srun: put srun before python"),
     ],
 )
 def test_contradicting_variables_are_refused_with_a_remedy(environment, message):
     with pytest.raises(ValueError, match=message):
         read_place(environment)
-
-
-@pytest.fixture
-def as_rank_of_two(monkeypatch):
-    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    monkeypatch.delenv("MASTER_PORT", raising=False)
-    return monkeypatch
-
-
-def test_srun_without_a_master_address_is_refused_with_the_line_to_add(as_rank_of_two):
-    with pytest.raises(ValueError, match="MASTER_ADDR and MASTER_PORT not set.*scontrol show hostnames"):
-        start_runtime(EngineConfig(device="cpu"))
-
-
-def test_a_master_port_that_is_no_number_is_refused(as_rank_of_two):
-    as_rank_of_two.setenv("MASTER_ADDR", "127.0.0.1")
-    as_rank_of_two.setenv("MASTER_PORT", "auto")
-    with pytest.raises(ValueError, match="MASTER_PORT='auto' is not a whole number"):
-        start_runtime(EngineConfig(device="cpu"))
-
-
-def test_an_address_of_another_kind_is_refused(as_rank_of_two):
-    with pytest.raises(ValueError, match="--dist-url http://host: give env://, tcp://HOST:PORT or file:///PATH"):
-        start_runtime(EngineConfig(device="cpu", dist_url="http://host"))
 
 
 def test_a_single_process_has_no_group():
@@ -108,6 +125,47 @@ def test_more_processes_than_gpus_are_refused_with_the_flag_to_pass(monkeypatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match=r"cuda:1 for local rank 0, but 1 CUDA device\(s\).*--no-set-device-rank"):
         start_runtime(EngineConfig(device="cuda:1"))
+
+
+def test_more_tasks_than_gpus_on_a_node_are_refused_with_both_numbers(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    task = read_srun_task(SRUN)
+    message = r"cuda:3 for local rank 3 of 4 tasks on node1, but 2 CUDA device\(s\).*--ntasks-per-node"
+    with pytest.raises(ValueError, match=message):
+        choose_device(EngineConfig(), Place(7, 3, 8), task)
+
+
+def test_a_task_that_sees_one_gpu_takes_it_and_idle_gpus_are_named(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choose_device(EngineConfig(), Place(7, 3, 8), read_srun_task(SRUN)) == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert choose_device(EngineConfig(), Place(4, 0, 8), read_srun_task(SRUN)) == torch.device("cuda", 0)
+    assert "4 tasks on node1, which has 8 GPUs: the others idle" in caplog.text
+
+
+def test_ranks_on_different_kinds_of_devices_are_refused():
+    store, cuda, cpu = HashStore(), torch.device("cuda", 0), torch.device("cpu")
+    check_devices(store, cpu, Seat(0, 8, None), uses_nccl=False)
+    with pytest.raises(
+        RuntimeError, match=r"rank 5 on node1 would compute on cuda, but it is cpu on rank 0 on .*--exclude"
+    ):
+        check_devices(store, cuda, Seat(5, 8, read_srun_task(SRUN)), uses_nccl=False)
+
+
+def test_two_ranks_on_one_gpu_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="GPU-1"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    store, device = HashStore(), torch.device("cuda", 0)
+    check_devices(store, device, Seat(0, 8, None), uses_nccl=True)
+    with pytest.raises(
+        ValueError, match="rank 5 on node1 and rank 0 on .* have one and the same GPU.*--gpus-per-task=1"
+    ):
+        check_devices(store, device, Seat(5, 8, read_srun_task(SRUN)), uses_nccl=True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-2")
+    check_devices(store, device, Seat(6, 8, None), uses_nccl=True)
 
 
 def place_and_backend() -> tuple[int, int, bool, str]:

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.launch import run_ranks
+from models.config import parse_model_config
+from models.factory import build_model
+from models.weights import load_weights
+from tests.distributed.launch import current_runtime, run_ranks
 from tests.evaluation.builders import (
     CLASS_NAMES,
     PREPROCESS,
@@ -20,8 +23,9 @@ from tests.evaluation.builders import (
     write_pairs,
     write_retrieval_set,
 )
-from training.config import DataConfig, EvaluationConfig
+from training.config import DataConfig, EngineConfig, EvaluationConfig
 from training.distributed.collectives import rank, world_size
+from training.distributed.parallelize import parallelize
 from training.evaluation.datasets import open_imagenet
 from training.evaluation.evaluate import build_evaluators, evaluate
 from training.evaluation.evaluators import LabelledSource, ZeroShotEvaluator
@@ -30,7 +34,9 @@ from training.evaluation.prompts import Prompts
 CPU = torch.device("cpu")
 
 
-def evaluate_everything(directory: Path, *, piped: bool = False) -> dict[str, float]:
+def evaluate_everything(
+    directory: Path, *, piped: bool = False, model: torch.nn.Module | None = None
+) -> dict[str, float]:
     """What each rank does: opens all sets under ``directory`` and evaluates a model that is the same everywhere."""
     pairs = f"{directory}/pairs/test/{{0..2}}.tar"
     evaluation = EvaluationConfig(
@@ -47,7 +53,7 @@ def evaluate_everything(directory: Path, *, piped: bool = False) -> dict[str, fl
         device=CPU,
     )
     evaluators.append(folders_evaluator(directory / "folders"))
-    return evaluate(tiny_clip(), evaluators, epoch=2, last=False, preprocess=PREPROCESS, device=CPU)
+    return evaluate(model or tiny_clip(), evaluators, epoch=2, last=False, preprocess=PREPROCESS, device=CPU)
 
 
 def folders_evaluator(directory: Path) -> ZeroShotEvaluator:
@@ -88,6 +94,27 @@ def test_every_rank_returns_the_metrics_of_a_single_process(
     for metrics in results[0]:
         assert metrics == pytest.approx(alone, abs=1e-6)
     assert len(alone) == 12 + 1 + 3 + 6 + 1
+
+
+def evaluate_a_sharded_model(directory: Path) -> tuple[dict[str, float], bool]:
+    """The metrics, and whether the model still trains after its very first forward pass was an evaluation."""
+    given = tiny_clip()
+    vision = {"image_size": PREPROCESS.size[0], "patch_size": 8, "layers": 2, "width": 32, "head_width": 16}
+    text = {"context_length": given.context_length, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    model = build_model(parse_model_config({"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}, name="tiny"))
+    load_weights(model, given.state_dict())
+    parallelize(model, config=EngineConfig(device="cpu", fsdp=True), runtime=current_runtime())
+    metrics = evaluate_everything(directory, model=model)
+    images = torch.zeros(1, 3, *PREPROCESS.size)
+    model(images, torch.zeros(1, model.context_length, dtype=torch.int64)).image_features[0, 0].backward()
+    return metrics, all(parameter.grad is not None for parameter in model.visual.parameters())
+
+
+def test_ranks_with_fewer_batches_run_along_with_a_sharded_model(sets: Path, alone: dict[str, float]) -> None:
+    """With four ranks, one has no class and no image of the folders, and piped sets end at different times."""
+    for metrics, trains in run_ranks(4, evaluate_a_sharded_model, sets):
+        assert metrics == pytest.approx(alone, abs=1e-6)
+        assert trains
 
 
 def start_up_errors(directories: list[Path]) -> list[str]:

@@ -185,7 +185,7 @@ class Job:
         while self.running():
             time.sleep(_POLL_S)
 
-    def orphans(self, *, within_s: float = 3.0) -> list[str]:
+    def orphans(self, *, within_s: float = 30.0) -> list[str]:
         """Command lines of what the job has started and left running; they get a moment to see that it is gone."""
         end = time.monotonic() + within_s
         while found := marked_processes(self.mark):

@@ -27,7 +27,7 @@ POINTS = {
     "watch": "training.resilience.watchdog:Watchdog._watch",
     # a save, in order
     "background": "training.checkpoint.background:BackgroundWriter.start",
-    "capture": "training.checkpoint.run_state:capture",
+    "capture": "training.checkpoint.capture:capture",
     "new_staging": "training.checkpoint.checkpointer:Checkpointer.new_staging",
     "write_share": "training.checkpoint.checkpointer:Checkpointer.write_share",
     "write_file": "training.checkpoint.tensor_file:write_tensors",

@@ -76,6 +76,19 @@ def test_curves_tables_and_tags_are_on_the_page() -> None:
     assert ">Logit scale<" not in page  # was not measured
 
 
+def test_the_ranks_that_the_others_waited_for_are_counted() -> None:
+    slow = {"score": 0.5, "compute_seconds": 0.2, "data_wait_seconds": 0.01, "others_seconds": 0.1}
+    ranks = [3.0, 3.0, 3.0, 1.0]
+    metrics = [
+        {"step": step, "train/loss": 1.0, "train/straggler/rank": rank}
+        | {f"train/straggler/{name}": value for name, value in slow.items()}
+        for step, rank in enumerate(ranks)
+    ]
+    page = render_report(RunRecord("r", metrics, [{"step": 3, "event": "straggler", "rank": 3, "host": "jwb0042"}]))
+    assert "<td>3</td><td>jwb0042</td><td>3 (75%)</td><td>3</td><td>0.2</td><td>0.01</td><td>0.1</td>" in page
+    assert "Ranks that the others waited for" not in render_report(RunRecord("r", METRICS))
+
+
 def test_an_empty_run_has_a_page() -> None:
     page = render_report(RunRecord("nothing yet"))
     assert "no values" in page

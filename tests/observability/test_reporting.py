@@ -66,6 +66,14 @@ def test_the_log_line_has_open_clips_form(caplog: pytest.LogCaptureFixture) -> N
     )
 
 
+def test_the_log_line_ends_with_the_slowest_rank(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    slowest = {"rank": 3.0, "score": 0.5, "compute_seconds": 0.2, "data_wait_seconds": 0.01, "others_seconds": 0.1}
+    metrics = METRICS | {f"straggler/{name}": value for name, value in slowest.items()}
+    _reporter([]).step(12, metrics, samples_per_step=64, log_line=True)
+    assert caplog.messages[0].endswith("Slowest: rank 3 (compute 0.200 s, data 0.010 s, others 0.100 s)")
+
+
 def test_tensorboard_has_open_clips_tags_at_their_steps(tmp_path: Path) -> None:
     reporter = _reporter([TensorBoardSink(tmp_path, first_step=0)])
     reporter.step(3, METRICS, samples_per_step=64, log_line=False)

@@ -94,6 +94,17 @@ def test_the_metrics_tell_the_slowest_from_the_last():
     assert (metrics["compute/slowest_rank"], metrics["straggler/rank"]) == (2, 0)
     assert metrics["compute/straggler_score"] == pytest.approx(0.2 / 0.3)
     assert metrics["straggler/score"] == pytest.approx(0.4 / 0.6)
+    whole = (metrics[f"straggler/{name}_seconds"] for name in ("compute", "data_wait", "others"))
+    assert tuple(whole) == pytest.approx((0.1, 0.5, 0.4))
+    assert metrics["compute/seconds_slowest"] == pytest.approx(0.3)
+
+
+def test_each_of_few_ranks_has_its_own_numbers_and_of_many_the_slowest():
+    few = StragglerReport(HOSTS).metrics(RankTimes([0.1, 0.2, 0.3], [0.5, 0.1, 0.1]))
+    assert (few["ranks/02/compute_seconds"], few["ranks/00/data_wait_seconds"]) == (0.3, 0.5)
+    many = StragglerReport(["h"] * 1024).metrics(RankTimes([0.1] * 1023 + [0.4], [0.0] * 1024))
+    assert (many["straggler/rank"], many["straggler/compute_seconds"]) == (1023, 0.4)
+    assert not any(name.startswith("ranks/") for name in many)
 
 
 def test_a_single_rank_has_nobody_to_be_compared_with():
@@ -209,6 +220,7 @@ def test_a_run_names_the_rank_that_computes_slowly(lab: Lab, ranks: int) -> None
     assert (event["rank"], event["host"], event["section"]) == (1, socket.gethostname(), "compute")
     assert max(scores(lab)[1:8]) < SLOW_SCORE
     assert f"rank 1 on {socket.gethostname()} is slow (compute)" in ended.text
+    assert " Slowest: rank 1 (compute 0.3" in ended.text
 
 
 def train_with_slow_data(argv: list[str], slow_rank: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from training.resilience.hang import Note, blame, host_silent
+from training.resilience.hang import Note, blame, blamed_ranks, host_silent
 
 
 def note(rank: int, *, step: int = 7, number: int = 123, started: int = -1, waiting: bool = True, **more) -> Note:
@@ -81,3 +81,14 @@ def test_a_store_that_does_not_answer_points_to_its_host():
 
 def test_a_note_survives_the_store():
     assert Note(*json.loads(json.dumps(note(1)))) == note(1)
+
+
+def test_the_text_of_a_verdict_says_which_ranks_are_to_blame():
+    behind = blame([note(0), note(12, step=6, waiting=False)], world_size=13, left=range(1, 12))
+    silent = blame([note(3)], world_size=12)
+    network = blame([note(0), note(1)], world_size=2)
+    killed = "rank 5 (process 7 on n) gave no sign of life for 120 s (stopped) and was killed"
+    texts = [behind.text, silent.text, host_silent(note(1), error="timed out").text, network.text, killed]
+    expected = [(12,), (0, 1, 2, 4, 5, 6, 7, 8), (0,), (), (5,)]
+    assert [blamed_ranks(f"hang: {text}; stacks of all threads: run/hangs") for text in texts] == expected
+    assert blamed_ranks("exit with code 95") == ()

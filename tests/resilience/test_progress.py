@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from training.resilience.progress import crashed_starts
+from training.resilience.progress import COUNT_VARIABLE, crashed_starts
 
 
 def start(step, job="7", after_signal=False):
@@ -32,3 +32,8 @@ def test_a_start_after_a_signal_begins_the_count_anew():
 
 def test_a_run_started_by_hand_may_crash_as_often_as_one_likes():
     assert crashed_starts([start(5, job=None)] * 9, step=5, job=None, after_signal=False) == 0
+
+
+def test_where_the_batch_script_counts_the_history_does_not():
+    counted = {COUNT_VARIABLE: "1"}
+    assert crashed_starts([start(5)] * 9, step=5, job="7", after_signal=False, environment=counted) == 1

@@ -15,7 +15,7 @@ from training.checkpoint.checkpointer import is_finite, read_parts
 from training.checkpoint.manifest import verify
 
 
-def read_weights(directory: Path) -> dict[str, Tensor]:
+def read_weights(directory: Path) -> Mapping[str, Tensor]:
     """The weights of a step checkpoint, after all of it was verified; memory is taken for what is looked at.
 
     Raises:

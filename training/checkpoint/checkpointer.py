@@ -14,8 +14,9 @@
     each writer: files into .tmp-STEP-... -> fsync -> receipt
     rank 0:      all receipts -> fence -> MANIFEST -> read back -> fence -> rename -> fsync -> retention
 
-A large state is spread over several writers (``model-00000-of-00004.safetensors``). A crash at any moment leaves the
-checkpoints that were there. Nothing here is a collective: this runs beside the training.
+A large state is spread over several writers (``model-00000-of-00004.safetensors``), whole tensors each; with FSDP each
+writes its rows of them. A crash at any moment leaves the checkpoints that were there. Nothing here is a collective:
+this runs beside the training.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,19 +38,20 @@ from torch import Tensor
 
 from training.checkpoint.exchange import put_in_place
 from training.checkpoint.manifest import (
+    TRAIN_NAME,
     DamagedCheckpoint,
     FileFacts,
     Manifest,
     fsync,
-    read_manifest,
     read_train,
     verify,
     write_manifest,
 )
 from training.checkpoint.parts import parts_of
+from training.checkpoint.pieces import WholeTensors
 from training.checkpoint.retention import FEWEST, newest_sound, steps_to_delete
 from training.checkpoint.tags import TAGS_NAME, Tags, parse_tags, resume_order
-from training.checkpoint.tensor_file import map_tensors, write_tensors, write_text
+from training.checkpoint.tensor_file import Piece, map_tensors, write_tensors, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,9 @@ _TEMPORARY_PREFIX = ".tmp-"
 _TEMPORARY_NAME = re.compile(r"\.tmp-.+-g(\d{8,})-[0-9a-f]{8}(\.\w+)?")
 _ASIDE_NAME = re.compile(r"\.tmp-aside-(step_\d{8,})-g\d{8,}-[0-9a-f]{8}")
 _RECEIPT_TIMEOUT_S = 1800.0
+_HELD: Counter[Path] = Counter()
+"""Checkpoints that are being read, by how many; of this process, whose mirror has a ``Checkpointer`` of its own."""
+_HELD_LOCK = threading.Lock()
 _POLL_S = 0.02
 
 
@@ -77,6 +83,8 @@ class Share(NamedTuple):
 
     tensors: Mapping[str, Mapping[str, Tensor]]
     texts: Mapping[str, str]
+    pieces: Mapping[str, Mapping[str, Piece]] = {}
+    """Also by file name: those of the tensors that are some rows of a larger one."""
 
     @property
     def nbytes(self) -> int:
@@ -204,7 +212,10 @@ class Checkpointer:
             _check_finite(share)
             if writer == 0:
                 self.open_staging(staging)
-            facts = {name: write_tensors(staging / name, tensors) for name, tensors in share.tensors.items()}
+            facts = {
+                name: write_tensors(staging / name, tensors, share.pieces.get(name))
+                for name, tensors in share.tensors.items()
+            }
             facts |= {name: write_text(staging / name, text) for name, text in share.texts.items()}
             _write_receipt(staging, writer, {name: entry._asdict() for name, entry in facts.items()})
         except Exception as error:
@@ -218,8 +229,14 @@ class Checkpointer:
             if writer != 0:
                 self._in_flight.discard(staging)
 
-    def commit(self, step: int, staging: Path, *, writers: Sequence[int], world_size: int = 1) -> Path:
+    def commit(
+        self, step: int, staging: Path, *, writers: Sequence[int], world_size: int = 1, shard_ranks: int = 1
+    ) -> Path:
         """Makes a checkpoint of what all writers have written, then removes what is past retention. On rank 0.
+
+        Args:
+            world_size: ranks of the job.
+            shard_ranks: those of them that hold one copy of the state together; with more than 1 it lies in pieces.
 
         Raises:
             OSError: the disk. DamagedCheckpoint: what was written reads back otherwise. RuntimeError: a writer failed,
@@ -229,8 +246,8 @@ class Checkpointer:
         try:
             files = self._collect_receipts(staging, writers)
             self.check_fence()
-            manifest = {"step": step, "generation": self.generation, "world_size": world_size}
-            write_manifest(staging, files, **manifest)
+            facts = {"generation": self.generation, "world_size": world_size, "shard_ranks": shard_ranks}
+            write_manifest(staging, files, step=step, **facts)
             self._check_read_back(staging)
             self.check_fence()
             replaced = self._rename(staging, final)
@@ -254,6 +271,37 @@ class Checkpointer:
         with contextlib.suppress(OSError):
             staging = staging.rename(self._temporary(f"trash-{staging.name.removeprefix(_TEMPORARY_PREFIX)}"))
         shutil.rmtree(staging, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A directory on the run's disk, for as long as the block lasts.
+
+        Raises:
+            OSError: no space, no permission.
+        """
+        directory = self._temporary("scratch")
+        self._in_flight.add(directory)
+        try:
+            directory.mkdir(parents=True)
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+            self._in_flight.discard(directory)
+
+    @contextlib.contextmanager
+    def hold(self, step: int) -> Iterator[None]:
+        """Within the block retention leaves the checkpoint of a step alone, whichever object of this process does it.
+
+        For who reads it over a long time beside the training.
+        """
+        path = self.path(step).absolute()
+        with _HELD_LOCK:
+            _HELD[path] += 1
+        try:
+            yield
+        finally:
+            with _HELD_LOCK:
+                _HELD[path] -= 1
 
     def check_fence(self) -> None:
         """Returns if this process still owns the run; otherwise raises what the fence raises, and remembers it.
@@ -370,7 +418,7 @@ class Checkpointer:
     def _check_read_back(self, staging: Path) -> Manifest:
         """From the disk, where the system lets go of what it has cached."""
         try:
-            return verify(staging)
+            return verify_tensors(staging)
         except DamagedCheckpoint as damage:
             raise DamagedCheckpoint(f"what was just written reads back otherwise: {damage}") from None
 
@@ -400,7 +448,7 @@ class Checkpointer:
             logger.warning("%s is back: a crash had hit while it was being replaced.", final)
 
     def _doomed(self, tags: Tags) -> list[int]:
-        return steps_to_delete(
+        doomed = steps_to_delete(
             self.steps(),
             keep=self.keep,
             every=self.keep_every,
@@ -408,6 +456,8 @@ class Checkpointer:
             verified=self._verified,
             damaged=self._damaged,
         )
+        with _HELD_LOCK:
+            return [step for step in doomed if _HELD[self.path(step).absolute()] == 0]
 
     def _read_newest_back(self, tags: Tags) -> bool:
         """Reads back as many of the newest as a run must never have fewer of; returns whether one is damaged."""
@@ -471,12 +521,34 @@ def read_step_checkpoint(directory: Path) -> StepCheckpoint:
     )
 
 
-def read_parts(directory: Path, manifest: Manifest, kind: str) -> dict[str, Tensor]:
-    """All tensors of one kind, however many files they lie in."""
-    tensors: dict[str, Tensor] = {}
-    for name in parts_of(kind, list(manifest.files)):
-        tensors |= map_tensors(directory / name)
-    return tensors
+def read_parts(directory: Path, manifest: Manifest, kind: str) -> WholeTensors:
+    """All tensors of one kind, however many files they lie in.
+
+    Raises:
+        DamagedCheckpoint: a file is not one of tensors, or rows are missing.
+    """
+    return WholeTensors([directory / name for name in parts_of(kind, list(manifest.files))])
+
+
+def verify_tensors(directory: Path) -> Manifest:
+    """Verifies a checkpoint, and that every tensor is there with all its rows, whatever each file says of itself.
+
+    Raises:
+        DamagedCheckpoint: it is not what was written, or what was written is not all of it.
+    """
+    manifest = verify(directory)
+    check_tensors(directory, manifest)
+    return manifest
+
+
+def check_tensors(directory: Path, manifest: Manifest) -> None:
+    """The part of ``verify_tensors`` that reads the headers only."""
+    weights = read_parts(directory, manifest, "model")
+    read_parts(directory, manifest, "optimizer")
+    if TRAIN_NAME in manifest.files:
+        missing = [name for name in read_train(directory).get("weights", ()) if name not in weights]
+        if missing:
+            raise DamagedCheckpoint(f"{directory} has no file with {missing[0]!r} ({len(missing)} weights are missing)")
 
 
 def check_usable(directory: Path) -> None:
@@ -485,10 +557,11 @@ def check_usable(directory: Path) -> None:
     Raises:
         DamagedCheckpoint: it is not what was written, or what was written was ruined already.
     """
-    verify(directory)
-    for name, tensor in read_parts(directory, read_manifest(directory), "model").items():
-        if not is_finite(tensor):
-            raise DamagedCheckpoint(f"{directory} holds weights that are not finite ({name!r})")
+    manifest = verify_tensors(directory)
+    for file in parts_of("model", list(manifest.files)):
+        for name, tensor in map_tensors(directory / file).items():
+            if not is_finite(tensor):
+                raise DamagedCheckpoint(f"{directory} holds weights that are not finite ({name!r})")
 
 
 def none_is_whole(root: Path, damages: Sequence[str]) -> DamagedCheckpoint:

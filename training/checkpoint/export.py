@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +22,11 @@ import torch
 from torch import Tensor
 
 from training.checkpoint.checkpointer import damaged_name, new_token, read_parts, temporary_name
-from training.checkpoint.manifest import fsync, read_manifest, read_train
+from training.checkpoint.manifest import Manifest, fsync, read_manifest, read_train
 from training.checkpoint.optimizer_state import split_names, unpack_groups
+from training.checkpoint.parts import part_name, parts_of
+from training.checkpoint.pieces import join_files
+from training.checkpoint.tensor_file import map_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -31,20 +35,27 @@ LATEST_NAME = "epoch_latest.pt"
 
 
 def epoch_content(
-    step_directory: Path, *, name: str, epoch: int | None = None, with_optimizer: bool = True
+    step_directory: Path,
+    *,
+    name: str,
+    epoch: int | None = None,
+    with_optimizer: bool = True,
+    scratch: Path | None = None,
 ) -> dict[str, Any]:
     """What ``epoch_N.pt`` holds, out of a step checkpoint: OpenCLIP's keys. Tensors stay on the disk until looked at.
 
     Args:
         name: the run's.
         epoch: completed epochs, if the checkpoint was saved before that was counted.
+        scratch: a directory for files of whole tensors, made of those that lie in pieces; to be deleted when the
+            content is no longer needed. Without it whole tensors are made in memory.
 
     Raises:
         DamagedCheckpoint: a file that cannot be read. It is not verified: the caller has done that.
         ValueError: the directory was written by a version that did not save the optimizer's settings.
     """
     manifest, train = read_manifest(step_directory), read_train(step_directory)
-    weights = read_parts(step_directory, manifest, "model")
+    weights = _read_whole(step_directory, manifest, "model", scratch)
     content: dict[str, Any] = {
         "epoch": int(train["epoch"]) if epoch is None else epoch,
         "name": name,
@@ -56,7 +67,7 @@ def epoch_content(
                 f"{step_directory} was written by an earlier version, which did not save the optimizer's settings: "
                 "only its weights can be exported."
             )
-        tensors = read_parts(step_directory, manifest, "optimizer")
+        tensors = _read_whole(step_directory, manifest, "optimizer", scratch)
         content["optimizer"] = _numbered_optimizer(tensors, train)
     content |= {"global_step": int(train["step"]), "samples_seen": int(train["samples_seen"])}
     if train.get("scaler") is not None:
@@ -69,6 +80,14 @@ def export_epoch_file(step_directory: Path, target: Path, *, name: str, with_opt
     _write_file(target, epoch_content(step_directory, name=name, with_optimizer=with_optimizer))
 
 
+def _read_whole(directory: Path, manifest: Manifest, kind: str, scratch: Path | None) -> Mapping[str, Tensor]:
+    if scratch is None or manifest.shard_ranks == 1:
+        return read_parts(directory, manifest, kind)
+    joined = scratch / part_name(kind, 0, 1)
+    join_files([directory / file for file in parts_of(kind, list(manifest.files))], joined)
+    return map_tensors(joined)
+
+
 def _numbered_optimizer(tensors: Mapping[str, Tensor], train: Mapping[str, Any]) -> dict[str, Any]:
     """As ``Optimizer.state_dict`` numbers it."""
     groups = unpack_groups(train["param_groups"])
@@ -78,6 +97,23 @@ def _numbered_optimizer(tensors: Mapping[str, Tensor], train: Mapping[str, Any])
         values[name][key] = value
     state = {number: values[name] for number, name in enumerate(names) if values[name]}
     return {"state": state, "param_groups": groups}
+
+
+def _is_archive(path: str) -> bool:
+    """What torch.save has written since 2020, on a disk of this machine: such a file can be mapped."""
+    return "://" not in path and zipfile.is_zipfile(path)
+
+
+def _load_mapped(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:  # reads every byte
+            raise zipfile.BadZipFile(f"the check sum of {damaged} is another one")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _load_all(path: str) -> Any:
+    with fsspec.open(path, "rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _write_file(target: Path, content: Mapping[str, Any]) -> None:
@@ -169,12 +205,13 @@ def delete_epoch_file(directory: Path, *, epoch: int) -> None:
 def read_epoch_file(path: str) -> OpenClipCheckpoint:
     """Reads a local or remote ``.pt`` of OpenCLIP (3.3.0 or HEAD, any world size) or of ours, without unpickling code.
 
+    Tensors of a local file take memory as they are looked at.
+
     Raises:
-        ValueError: not a readable checkpoint.
+        ValueError: not a readable checkpoint, or not what was written: torch itself compares no check sums.
     """
     try:
-        with fsspec.open(path, "rb") as file:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        content = _load_mapped(Path(path)) if _is_archive(path) else _load_all(path)
     except OSError as error:
         raise ValueError(f"{path!r} cannot be read as a checkpoint ({error.strerror}): correct --resume.") from error
     except Exception as error:  # torch has no common type for what a damaged or foreign file makes it raise

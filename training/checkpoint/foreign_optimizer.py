@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from training.checkpoint.beta2 import carry_beta2
 from training.checkpoint.optimizer_state import SEPARATOR, unpack_optimizer
+from training.checkpoint.rows import StateRows, full_shapes
+from training.distributed.sharding import local_parameters
 from training.optim.param_groups import is_decayed
 from training.optim.stable_adamw import StableAdamW
 
@@ -45,18 +47,21 @@ def load_foreign_optimizer(
     *,
     weights: Collection[str] = (),
     path: str,
+    share: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> None:
     """Puts the state of ``saved``, an ``Optimizer.state_dict`` of OpenCLIP's, in its place, whatever our groups are.
 
-    Learning rate, weight decay and the like stay as the run is configured now.
+    Learning rate, weight decay and the like stay as the run is configured now. With FSDP each rank takes its rows.
 
     Args:
         weights: names of the file's weights in its order, which is that of the parameters there.
+        share: gives a tensor that only the rank which has read the file holds to all ranks, in the same order on all;
+            elsewhere ``saved`` has tensors without values in their place (``torch.device("meta")``).
 
     Raises:
         ValueError: it is of other parameters, of another grouping, or of another optimizer; nothing is changed then.
     """
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    shapes = full_shapes(model)
     if shapes.keys() <= set(weights):
         shapes = {name: shapes[name] for name in weights if name in shapes}
     undecayed = {
@@ -64,8 +69,13 @@ def load_foreign_optimizer(
     }
     state = name_state(saved, shapes, declared=declared_undecayed(model), undecayed=undecayed, path=path)
     _check_kind(optimizer, state, path=path)
-    tensors = {f"{name}{SEPARATOR}{key}": value for name, values in state.items() for key, value in values.items()}
-    unpack_optimizer(optimizer, model, tensors, {})
+    optimizer.state.clear()  # what is read now takes its place in memory
+    rows = StateRows(model)
+    for name, values in state.items():
+        for key, value in values.items():
+            whole = value if value.ndim == 0 else share(value)
+            rows.add(f"{name}{SEPARATOR}{key}", whole, full_shape=tuple(value.shape))
+    unpack_optimizer(optimizer, model, rows.tensors, {})
     carry_beta2(optimizer, saved["param_groups"])
 
 
@@ -235,7 +245,7 @@ def _mismatch(groups: Sequence[Mapping[str, Any]], shapes: Shapes, *, path: str)
 
 
 def _names_of(group: Mapping[str, Any], model: nn.Module) -> list[str]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = {parameter: name for name, parameter in local_parameters(model).items()}
     return [names[parameter] for parameter in group["params"]]
 
 

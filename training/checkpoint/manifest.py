@@ -15,7 +15,9 @@ from training.resilience.exit_codes import DO_NOT_REQUEUE
 MANIFEST_NAME = "MANIFEST.json"
 TRAIN_NAME = "train.json"
 FORMAT = 2
-_READABLE_FORMATS = (1, 2)
+FORMAT_IN_PIECES = 3
+"""Of a state of which several ranks hold some rows each: versions that know of whole tensors only must not read it."""
+_READABLE_FORMATS = (1, 2, 3)
 _CHUNK_BYTES = 1 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _STEP_NAME = re.compile(r"step_(\d{8,})")
@@ -46,17 +48,26 @@ class Manifest(NamedTuple):
     """Ranks of the job that wrote it; 0 in format 1, which does not say."""
     sha256: str
     """Of MANIFEST.json as a file: two checkpoints with the same are the same."""
+    shard_ranks: int = 1
+    """Ranks that held one copy of the state together (FSDP); 1 where each rank held all of it."""
 
 
 def write_manifest(
-    directory: Path, files: Mapping[str, FileFacts], *, step: int, generation: int = 0, world_size: int = 1
+    directory: Path,
+    files: Mapping[str, FileFacts],
+    *,
+    step: int,
+    generation: int = 0,
+    world_size: int = 1,
+    shard_ranks: int = 1,
 ) -> None:
     """Writes MANIFEST.json over files that are on disk already, and flushes it and the directory."""
     content: dict[str, Any] = {
-        "format": FORMAT,
+        "format": FORMAT if shard_ranks == 1 else FORMAT_IN_PIECES,
         "step": step,
         "generation": generation,
         "world_size": world_size,
+        **({} if shard_ranks == 1 else {"shard_ranks": shard_ranks}),
         "files": {name: files[name]._asdict() for name in sorted(files)},
     }
     content["sha256"] = _own_sha256(content)
@@ -178,7 +189,12 @@ def _parse(content: Any, *, sha256: str) -> Manifest:
         if not _PLAIN_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not a file beside the manifest")
     return Manifest(
-        int(content["step"]), files, int(content.get("generation", 0)), int(content.get("world_size", 0)), sha256
+        int(content["step"]),
+        files,
+        int(content.get("generation", 0)),
+        int(content.get("world_size", 0)),
+        sha256,
+        int(content.get("shard_ranks", 1)),
     )
 
 

@@ -277,7 +277,8 @@ class Mirror:
             if is_history(path):
                 self._upload_file(path, final=final)
         for step in reversed(steps):  # the newest is worth most
-            self._upload_step(step)
+            with self._checkpointer.hold(step):
+                self._upload_step(step)
         for path in files:
             if not is_history(path):
                 self._upload_file(path, final=final)

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.distributed.sharding import local_parameters
+
 SEPARATOR = "//"
 
 
 def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
     """Names in the order in which the optimizer numbers its parameters."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = {parameter: name for name, parameter in local_parameters(model).items()}
     return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
@@ -33,7 +35,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[
 
 def pack_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[dict[str, Any]]:
     """The settings of every group in JSON types, with the names of its parameters in order."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = {parameter: name for name, parameter in local_parameters(model).items()}
     return [
         {"names": [names[parameter] for parameter in group["params"]]}
         | {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names")}

@@ -1,47 +1,36 @@
-"""Gathers everything a run needs to go on from where it is, and puts it back."""
+"""What a run needs to go on from where it is, and how it is put back; ``capture`` takes it."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from models.clip import Clip
-from models.weights import load_weights
 from training.checkpoint.beta2 import carry_beta2
-from training.checkpoint.checkpointer import (
-    Checkpointer,
-    Share,
-    check_usable,
-    none_is_whole,
-    read_step_checkpoint,
-    train_json,
-)
+from training.checkpoint.checkpointer import Checkpointer, check_usable, none_is_whole
 from training.checkpoint.config_change import saved_global_batch
-from training.checkpoint.export import newest_epoch_file, newest_readable_epoch_file, read_epoch_file
+from training.checkpoint.epoch_loading import agree_on_epoch_file, check_shapes, send, send_weights
+from training.checkpoint.export import newest_epoch_file, newest_readable_epoch_file
 from training.checkpoint.foreign_optimizer import load_foreign_optimizer
 from training.checkpoint.manifest import DamagedCheckpoint, verify
-from training.checkpoint.optimizer_state import (
-    check_optimizer_names,
-    pack_groups,
-    pack_optimizer,
-    unpack_optimizer,
-)
-from training.checkpoint.parts import choose_writers, part_name, spread
-from training.checkpoint.staging import Staging
-from training.checkpoint.step_loading import StepPlan, TensorStream, agree_on_plan, check_equal
+from training.checkpoint.optimizer_state import SEPARATOR, check_optimizer_names, unpack_optimizer
+from training.checkpoint.rows import StateRows, WeightRows, check_state_shapes
+from training.checkpoint.step_loading import FilePlan, StepPlan, TensorStream, agree_on_plan, check_equal
 from training.checkpoint.tags import rewind_order
+from training.checkpoint.tensor_file import Entry
 from training.data.lanes import mix
 from training.data.loader import TrainLoader
 from training.data.position import read_position
-from training.distributed.collectives import broadcast_object, gather_objects
+from training.distributed.collectives import broadcast_object
 from training.distributed.runtime import Runtime
+from training.distributed.sharding import ShardGroup, placements, shard_group
 from training.optim.optimizer import set_beta2
 from training.resilience.escalation import Escalation
 from training.resilience.guard import StepGuard
@@ -69,79 +58,6 @@ class RunParts:
     state: TrainState
     guard: StepGuard | None = None
     escalation: Escalation | None = None
-
-
-class Captured(NamedTuple):
-    """What this rank writes of a checkpoint, and which ranks write."""
-
-    share: Share
-    writers: Sequence[int]
-
-
-def capture(parts: RunParts, *, runtime: Runtime, epoch: int, config: Mapping[str, Any], staging: Staging) -> Captured:
-    """Copies this rank's share of the state after the current step to host memory. Collective: all ranks.
-
-    All ranks hold the same weights and the same optimizer state, so each writer takes some of the tensors.
-    """
-    positions = gather_objects(parts.loader.position())  # collective: all ranks
-    rng = gather_objects(_rng_state(runtime.device))  # collective: all ranks
-    weights = parts.model.state_dict()
-    optimizer_tensors, optimizer_scalars = pack_optimizer(parts.optimizer, parts.model)
-    by_kind: dict[str, dict[str, Tensor]] = {"model": weights, "optimizer": optimizer_tensors}
-    num_bytes = sum(tensor.nbytes for tensors in by_kind.values() for tensor in tensors.values())
-    writers = choose_writers(num_bytes, world_size=runtime.world_size)
-    if runtime.rank not in writers:
-        return Captured(Share({}, {}), writers)
-    trained = {name for name, _ in parts.model.named_parameters()}
-    # Buffers (BatchNorm's statistics) may differ between ranks: rank 0's count, as in data-parallel training.
-    common = {"model": [name for name in weights if name not in trained]}
-    place, count = writers.index(runtime.rank), len(writers)
-    files = _stage(by_kind, of_first=common, place=place, count=count, staging=staging)
-    if not runtime.is_main:
-        return Captured(Share(files, {}), writers)
-    stream = parts.loader.merge(positions)
-    files["rng.safetensors"] = {
-        f"{rank}//{key}": value for rank, states in enumerate(rng) for key, value in states.items()
-    }
-    files["data.safetensors"] = stream.tensors()
-    train = {
-        "step": parts.state.step,
-        "epoch": epoch,
-        "samples_seen": parts.state.samples_seen,
-        "schedule_batch": parts.state.schedule_batch,
-        "world_size": runtime.world_size,
-        "optimizer": optimizer_scalars,
-        "param_groups": pack_groups(parts.optimizer, parts.model),
-        "weights": list(weights),
-        "scaler": parts.scaler.state_dict() if parts.scaler else None,
-        "guard": parts.guard.state_dict() if parts.guard else None,
-        "escalation": parts.escalation.state_dict() if parts.escalation else None,
-        "data": stream.facts(),
-        "config": config,
-        "versions": {name: version(name) for name in ("torch", "timm", "open_clip_torch")},
-    }
-    return Captured(Share(files, {"train.json": train_json(train)}), writers)
-
-
-def _stage(
-    by_kind: Mapping[str, Mapping[str, Tensor]],
-    *,
-    of_first: Mapping[str, Sequence[str]],
-    place: int,
-    count: int,
-    staging: Staging,
-) -> dict[str, Mapping[str, Tensor]]:
-    """Copies of one writer's tensors, by file; some are written by the first writer whatever their size."""
-    files: dict[str, dict[str, Tensor]] = {part_name(kind, place, count): {} for kind in by_kind}
-    mine: dict[tuple[str, str], Tensor] = {}
-    for kind, tensors in by_kind.items():
-        first = of_first.get(kind, ())
-        sizes = {name: tensor.nbytes for name, tensor in tensors.items() if name not in first}
-        names = [*spread(sizes, count)[place], *(first if place == 0 else ())]
-        mine |= {(part_name(kind, place, count), name): tensors[name] for name in names}
-    for (file, name), copy in staging.copy(mine).items():
-        files[file][name] = copy
-    return dict(files)
 
 
 def find_resume_path(
@@ -221,7 +137,9 @@ def restore(
         DamagedCheckpoint: the directory is not what was written, or its weights are not finite; on all ranks.
     """
     if path.endswith(".pt"):
-        _restore_epoch_file(path, parts, steps_per_epoch=steps_per_epoch, samples_per_step=samples_per_step)
+        _restore_epoch_file(
+            path, parts, runtime=runtime, steps_per_epoch=steps_per_epoch, samples_per_step=samples_per_step
+        )
     else:
         others = Checkpointer(Path(path).parent).candidates() if fall_back and runtime.is_main else []
         path = str(_load_first_whole(others or [Path(path)], parts, runtime=runtime, go_on=True, judge=judge))
@@ -285,34 +203,52 @@ def _load(plan: StepPlan, parts: RunParts, *, runtime: Runtime, go_on: bool) -> 
     _check_fit(plan, parts, runtime=runtime)
     train = plan.train
     stream = TensorStream(runtime)
-    weights = parts.model.state_dict()
+    weights, optimizer = WeightRows(parts.model), StateRows(parts.model)
     parts.optimizer.state.clear()  # what is read now takes its place in memory
-    with torch.no_grad():
-        for name, tensor in stream.read(plan.files["model"], finite=True):
-            weights[name].copy_(tensor)
-    # Step counts and the like: where an optimizer wants them on the device, it moves them.
-    optimizer = {
-        name: tensor.cpu() if tensor.ndim == 0 else tensor for name, tensor in stream.read(plan.files["optimizer"])
-    }
-    data = dict(stream.read(plan.files["data"])) if go_on else {}
-    rng = dict(stream.read(plan.files["rng"])) if go_on else {}
+    stream.read(plan.files["model"], weights.take, finite=True)  # collective: all ranks
+    stream.read(plan.files["optimizer"], optimizer.take)  # collective: all ranks
+    data = _read_small(stream, plan.files["data"]) if go_on else {}
+    rng = _read_small(stream, plan.files["rng"]) if go_on else {}
     stream.agree()
+    _check_equal(plan, {**weights.tensors, **optimizer.tensors}, stream=stream, model=parts.model, runtime=runtime)
     if go_on:
         _load_stateful(parts.escalation, train.get("escalation"))
         _lower_beta2(parts)
-    unpack_optimizer(parts.optimizer, parts.model, optimizer, train["optimizer"])
+    unpack_optimizer(parts.optimizer, parts.model, optimizer.tensors, train["optimizer"])
     carry_beta2(parts.optimizer, train.get("param_groups", ()))
     if parts.scaler is not None and train["scaler"] is not None:
         parts.scaler.load_state_dict(train["scaler"])
     _load_stateful(parts.guard, train.get("guard"))
-    check_equal(plan, weights)
     if go_on:
-        position = {name: tensor.cpu() for name, tensor in data.items()}
-        parts.loader.load_position(read_position(position, train["data"]))
+        parts.loader.load_position(read_position(data, train["data"]))
         _restore_rng(rng, step=int(train["step"]), saved_world_size=train["world_size"], runtime=runtime)
         parts.state.step = int(train["step"])
         parts.state.samples_seen = int(train["samples_seen"])
         parts.state.schedule_batch = int(train.get("schedule_batch") or saved_global_batch(train))
+
+
+def _read_small(stream: TensorStream, files: Sequence[FilePlan]) -> dict[str, Tensor]:
+    """Tensors that all ranks need, and that take no memory to speak of."""
+    tensors: dict[str, Tensor] = {}
+
+    def take(entry: Entry, tensor: Tensor) -> None:
+        tensors[entry.name] = tensor.cpu().clone()
+
+    stream.read(files, take)  # collective: all ranks
+    return tensors
+
+
+def _check_equal(
+    plan: StepPlan, tensors: Mapping[str, Tensor], *, stream: TensorStream, model: Clip, runtime: Runtime
+) -> None:
+    group = shard_group(model) or ShardGroup(0, 1, replica=runtime.rank, replicas=runtime.world_size)
+    places = placements(model)
+    pieces = {
+        name
+        for name, shape in {**plan.names("model"), **plan.names("optimizer")}.items()
+        if (place := places.get(name.partition(SEPARATOR)[0])) is not None and place.full_shape == shape
+    }
+    check_equal(plan, tensors, stream=stream, pieces=pieces, group=group)  # collective: all ranks
 
 
 def _check_fit(plan: StepPlan, parts: RunParts, *, runtime: Runtime) -> None:
@@ -322,7 +258,8 @@ def _check_fit(plan: StepPlan, parts: RunParts, *, runtime: Runtime) -> None:
         ValueError: they are not. DamagedCheckpoint: because the file that names them is damaged.
     """
     try:
-        _check_shapes(plan.names("model"), parts.model)
+        check_shapes(plan.names("model"), parts.model)
+        check_state_shapes(parts.model, plan.names("optimizer"))
         check_optimizer_names(parts.optimizer, parts.model, [*plan.names("optimizer"), *plan.train["optimizer"]])
     except ValueError:
         fault = ""
@@ -334,18 +271,6 @@ def _check_fit(plan: StepPlan, parts: RunParts, *, runtime: Runtime) -> None:
         if fault := broadcast_object(fault):  # collective: all ranks, since all came to the same conclusion
             raise DamagedCheckpoint(fault) from None
         raise
-
-
-def _check_shapes(saved: Mapping[str, tuple[int, ...]], model: Clip) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    differing = [name for name in {**expected, **saved} if expected.get(name) != saved.get(name)]
-    if differing:
-        name = differing[0]
-        raise ValueError(
-            f"the weights do not fit model '{model.config.name}': {len(differing)} of {len(expected)} tensors differ "
-            f"(first: {name}, saved {saved.get(name, 'not at all')}, now {expected.get(name, 'not at all')}); pass the "
-            "--model that the checkpoint was trained with (and its --force-* flags)"
-        )
 
 
 def _lower_beta2(parts: RunParts) -> None:
@@ -360,21 +285,16 @@ def _load_stateful(part: Stateful | None, state: dict[str, Any] | None) -> None:
         part.load_state_dict(state)
 
 
-def read_weights(path: str) -> tuple[int, dict[str, Tensor]]:
-    """(completed epochs as far as the checkpoint tells, weights) of a step checkpoint or a ``.pt`` file."""
-    if path.endswith(".pt"):
-        checkpoint = read_epoch_file(path)
-        return checkpoint.epoch, dict(checkpoint.state_dict)
-    step = read_step_checkpoint(Path(path))
-    return int(step.train["epoch"]), dict(step.model)
-
-
-def _restore_epoch_file(path: str, parts: RunParts, *, steps_per_epoch: int, samples_per_step: int) -> None:
-    checkpoint = read_epoch_file(path)
-    load_weights(parts.model, dict(checkpoint.state_dict))
+def _restore_epoch_file(
+    path: str, parts: RunParts, *, runtime: Runtime, steps_per_epoch: int, samples_per_step: int
+) -> None:
+    """Collective: all ranks."""
+    checkpoint = agree_on_epoch_file(path, parts.model, runtime=runtime)  # collective: all ranks
+    send_weights(checkpoint.weights, parts.model, runtime=runtime)  # collective: all ranks
     if checkpoint.optimizer is not None:
-        names = list(checkpoint.state_dict)
-        load_foreign_optimizer(parts.optimizer, parts.model, checkpoint.optimizer, weights=names, path=path)
+        share = partial(send, runtime=runtime)
+        saved, names = checkpoint.optimizer, checkpoint.names
+        load_foreign_optimizer(parts.optimizer, parts.model, saved, weights=names, path=path, share=share)
     else:
         logger.warning("%s holds weights only: the optimizer starts afresh.", path)
     if parts.scaler is not None and checkpoint.scaler is not None:
@@ -382,13 +302,6 @@ def _restore_epoch_file(path: str, parts: RunParts, *, steps_per_epoch: int, sam
     parts.loader.start_at_epoch(checkpoint.epoch)
     parts.state.step = checkpoint.epoch * steps_per_epoch
     parts.state.samples_seen = parts.state.step * samples_per_step
-
-
-def _rng_state(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
 
 
 def _restore_rng(states: Mapping[str, Tensor], *, step: int, saved_world_size: int, runtime: Runtime) -> None:

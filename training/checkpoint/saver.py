@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.checkpoint.background import BackgroundWriter
+from training.checkpoint.capture import Captured, capture
 from training.checkpoint.checkpointer import Checkpointer, new_token
 from training.checkpoint.export import LATEST_NAME, delete_epoch_file, epoch_content, saved_epoch, write_epoch_file
 from training.checkpoint.manifest import read_manifest, read_train, verify
-from training.checkpoint.run_state import Captured, RunParts, capture, rewind_before
+from training.checkpoint.run_state import RunParts, rewind_before
 from training.checkpoint.staging import Staging
 from training.checkpoint.tags import Tags, rewind_order
 from training.config import CheckpointConfig
@@ -75,8 +76,13 @@ class Saver:
         run_config: Mapping[str, Any],
         name: str,
         epochs: int,
+        epoch_files: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """
+        Args:
+            epoch_files: whether OpenCLIP's files are made of what is saved (not with ``--fsdp-checkpoint sharded``).
+        """
         self._config = config
         self._checkpointer = checkpointer
         self._parts = parts
@@ -84,6 +90,7 @@ class Saver:
         self._run_config = run_config
         self._name = name
         self._epochs = epochs
+        self._epoch_files = epoch_files
         self._clock = clock
         self._staging = Staging(runtime.device)
         if runtime.is_main:
@@ -189,6 +196,16 @@ class Saver:
         self._checkpointer.change_tags(lambda tags: tags.with_good(step))
         return True
 
+    def untagged(self) -> list[int]:
+        """Checkpoints up to where the run stands of which nothing is known yet. On rank 0; on other ranks none.
+
+        When a run starts again, training may go on well from those that were saved before.
+        """
+        if not self._runtime.is_main:
+            return []
+        tags, here = self._checkpointer.tags(), self._parts.state.step
+        return [step for step in self._checkpointer.steps() if step <= here and step not in tags.good | tags.suspect]
+
     def tag_suspect(self, from_step: int) -> list[int]:
         """Marks the checkpoints from a step on, also one that is being written; returns their steps. On rank 0."""
         if not self._runtime.is_main:
@@ -230,6 +247,8 @@ class Saver:
             raise RuntimeError(f"The last save of the run failed ({self._last_fault}): {self._remedy()}")
 
     def _files_due(self, epoch: int) -> EpochFiles:
+        if not self._epoch_files:
+            return EpochFiles(epoch, numbered=False, latest=False)
         frequency = self._config.save_frequency
         numbered = epoch == self._epochs or (frequency > 0 and epoch % frequency == 0)
         deletes = self._config.delete_previous_checkpoint and numbered and frequency > 0
@@ -296,7 +315,8 @@ class Saver:
             raise
         if not runtime.is_main:
             return _Done(step, None, "")
-        path = checkpointer.commit(step, staging, writers=captured.writers, world_size=runtime.world_size)
+        ranks = {"world_size": runtime.world_size, "shard_ranks": captured.shard_ranks}
+        path = checkpointer.commit(step, staging, writers=captured.writers, **ranks)
         num_bytes = sum(facts.size for facts in read_manifest(path).files.values())
         saved = SavedStep(step, stall_ms, num_bytes, time.perf_counter() - start)
         return _Done(step, saved, self._export(path, files))
@@ -324,13 +344,14 @@ class Saver:
             return ""
         try:
             self._checkpointer.check_fence()
-            written = write_epoch_file(
-                self._checkpointer.root,
-                epoch_content(directory, name=self._name, epoch=files.epoch),
-                epoch=files.epoch,
-                numbered=files.numbered,
-                latest=files.latest,
-            )
+            with self._checkpointer.scratch() as scratch:
+                written = write_epoch_file(
+                    self._checkpointer.root,
+                    epoch_content(directory, name=self._name, epoch=files.epoch, scratch=scratch),
+                    epoch=files.epoch,
+                    numbered=files.numbered,
+                    latest=files.latest,
+                )
             for path in written:
                 logger.info("Saved %s.", path)
             if files.delete_epoch is not None:

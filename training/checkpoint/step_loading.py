@@ -1,16 +1,17 @@
 """Reads a step checkpoint into all ranks: every file by one of them, verified as it is read, and sent to the others.
 
     rank 0:  manifest, train.json, headers -> plan -> all ranks
-    rank r:  files r, r + W, ...: read tensor by tensor -> sent to all ranks -> put in place
+    rank r:  files r, r + W, ...: read block by block -> sent to all ranks -> each takes the rows that it holds
     all:     who has found damage? -> the same answer everywhere
+    all:     do the ranks hold what was read? -> sums over all bits, from the files and from the memory of the ranks
 
-No rank holds more than one tensor beside the state it fills. Every function is a collective: all ranks.
+A block is some tensors of a file that lie one after another, at most 4 MiB of them, or one larger tensor: no rank holds
+more than that beside the state it fills. Every function is a collective: all ranks.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +32,21 @@ from training.checkpoint.manifest import (
     read_train,
 )
 from training.checkpoint.parts import parts_of
-from training.checkpoint.tensor_file import Entry, TensorReader, read_entries
-from training.distributed.collectives import broadcast_object, broadcast_tensor, gather_objects
+from training.checkpoint.pieces import find_pieces
+from training.checkpoint.tensor_file import Entry, TensorReader, read_entries, view_of
+from training.distributed.collectives import (
+    all_gather_rows,
+    all_reduce_sum,
+    broadcast_object,
+    broadcast_tensor,
+    gather_objects,
+)
 from training.distributed.runtime import Runtime
+from training.distributed.sharding import ShardGroup
+
+BLOCK_BYTES = 4 << 20
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By size of an element."""
 
 
 class FilePlan(NamedTuple):
@@ -54,8 +67,8 @@ class StepPlan(NamedTuple):
     """By kind: model, optimizer, rng, data."""
 
     def names(self, kind: str) -> dict[str, tuple[int, ...]]:
-        """Shapes by tensor name."""
-        return {entry.name: entry.shape for file in self.files[kind] for entry in file.entries}
+        """Shapes of whole tensors by name."""
+        return {entry.name: entry.full_shape for file in self.files[kind] for entry in file.entries}
 
 
 def agree_on_plan(directory: Path, *, rank: int) -> StepPlan:
@@ -77,26 +90,40 @@ def agree_on_plan(directory: Path, *, rank: int) -> StepPlan:
 
 
 class TensorStream:
-    """Iterates over the tensors of a plan's files on every rank, in the same order. Ask ``agree`` at the end."""
+    """Brings the tensors of a plan's files to every rank, in the same order. Ask ``agree`` at the end."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._fault = ""
         self._files_read = 0
+        self.bit_sums: dict[str, Tensor] = {}
+        """``bit_sum`` of what this rank has read itself, by tensor."""
+        self.dtypes: dict[str, torch.dtype] = {}
+        """Of all tensors that were read, on all ranks."""
 
-    def read(self, files: Sequence[FilePlan], *, finite: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor on the device), a new tensor each; what a damaged file yields is worthless.
+    @property
+    def device(self) -> torch.device:
+        """Where tensors come to."""
+        return self._runtime.device
+
+    def read(self, files: Sequence[FilePlan], take: Callable[[Entry, Tensor], None], *, finite: bool = False) -> None:
+        """Reads all of them; what a damaged file gives is worthless.
 
         Args:
+            take: gets every tensor, or some rows of one, on the device, and copies what it wants to keep.
             finite: whether values that are no numbers are damage.
         """
         for file in files:
             reader = self._files_read % self._runtime.world_size
             self._files_read += 1
             here = self._read_here(file, finite=finite) if reader == self._runtime.rank else None
-            for entry in file.entries:
-                tensor = self._blank(entry) if here is None else next(here).to(self._runtime.device)
-                yield entry.name, broadcast_tensor(tensor, reader)  # collective: all ranks
+            for entries in blocks_of(file.entries):
+                block = self._blank(entries) if here is None else next(here).to(self._runtime.device)
+                broadcast_tensor(block, reader)  # collective: all ranks
+                for entry in entries:
+                    self.dtypes[entry.name] = entry.dtype
+                    take(entry, view_of(block, entry, start=entries[0].offset))
+                del block  # before there is another
             if here is not None:
                 next(here, None)  # the end of the file, where the hash is compared
 
@@ -106,54 +133,101 @@ class TensorStream:
         if faults:
             raise DamagedCheckpoint(faults[0])
 
-    def _blank(self, entry: Entry) -> Tensor:
-        return torch.empty(entry.shape, dtype=entry.dtype, device=self._runtime.device)
+    def _blank(self, entries: Sequence[Entry]) -> Tensor:
+        size = sum(entry.nbytes for entry in entries)
+        return torch.empty(size, dtype=torch.uint8, device=self._runtime.device)
 
     def _read_here(self, file: FilePlan, *, finite: bool) -> Iterator[Tensor]:
-        """As many tensors as all ranks expect, whatever the file turns out to be: they must not wait for one."""
+        """As many blocks as all ranks expect, whatever the file turns out to be: they must not wait for one."""
         sent = 0
+        blocks = list(blocks_of(file.entries))
         try:
             with TensorReader(file.path) as reader:
                 if reader.entries != list(file.entries):
                     raise DamagedCheckpoint(f"{file.path} has another header than rank 0 has read")
-                for entry, tensor in reader:
-                    if finite and not is_finite(tensor):
-                        self._note(f"{file.path} holds weights that are not finite ({entry.name!r})")
+                for entries in blocks:
+                    block = reader.read_block(entries)
+                    self._look_at(block, entries, path=file.path if finite else None)
                     sent += 1
-                    yield tensor
+                    yield block
+                    del block
                 check_content(file.path, expected=file.facts, found=reader.facts())
         except DamagedCheckpoint as damage:
             self._note(str(damage))
-        for entry in file.entries[sent:]:
-            yield torch.zeros(entry.shape, dtype=entry.dtype)
+        for entries in blocks[sent:]:
+            yield torch.zeros(sum(entry.nbytes for entry in entries), dtype=torch.uint8)
+
+    def _look_at(self, block: Tensor, entries: Sequence[Entry], *, path: Path | None) -> None:
+        """Before it is sent, in the memory into which it was read."""
+        for entry in entries:
+            tensor = view_of(block, entry, start=entries[0].offset)
+            if path is not None and not is_finite(tensor):
+                self._note(f"{path} holds weights that are not finite ({entry.name!r})")
+            known = self.bit_sums.get(entry.name, torch.zeros((), dtype=torch.int64))
+            self.bit_sums[entry.name] = known + bit_sum(tensor)
 
     def _note(self, fault: str) -> None:
         self._fault = self._fault or fault
 
 
-def check_equal(plan: StepPlan, tensors: Mapping[str, Tensor]) -> None:
-    """Whether all ranks hold the same weights of the same checkpoint now.
+def blocks_of(entries: Sequence[Entry], *, nbytes: int = BLOCK_BYTES) -> Iterator[list[Entry]]:
+    """Entries that are read and sent together: ``nbytes`` of them, or a single one that is larger. Pure."""
+    block: list[Entry] = []
+    for entry in entries:
+        size = entry.offset + entry.nbytes - block[0].offset if block else 0
+        # Files of other writers may order tensors so that one does not lie at a multiple of its type's size.
+        if block and (size > nbytes or (entry.offset - block[0].offset) % entry.dtype.itemsize):
+            yield block
+            block = []
+        block.append(entry)
+    if block:
+        yield block
+
+
+def check_equal(
+    plan: StepPlan, tensors: Mapping[str, Tensor], *, stream: TensorStream, pieces: Collection[str], group: ShardGroup
+) -> None:
+    """Whether the ranks hold now what was read: every copy of the state, and every bit of it.
+
+    Tensors that are of another type here than in the files cannot be compared with those, but with rank 0's copy.
+
+    Args:
+        tensors: what this rank holds, by name; the same names on all ranks.
+        pieces: those of which it holds some rows; the ranks of a copy hold all rows once.
+        group: this rank's place.
 
     Raises:
         RuntimeError: they do not.
     """
-    seen = gather_objects((plan.manifest.step, plan.manifest.sha256, checksum(tensors)))  # collective: all ranks
-    if len(set(seen)) > 1:
-        differing = [rank for rank, facts in enumerate(seen) if facts != seen[0]]
+    names = sorted(tensors)
+    device = stream.device
+    nothing = torch.zeros(0, dtype=torch.int64, device=device)
+    own = torch.stack([bit_sum(tensors[name]).to(device) for name in names]) if names else nothing
+    read = (
+        torch.stack([stream.bit_sums.get(name, own.new_zeros(())).to(device) for name in names]) if names else nothing
+    )
+    read = all_reduce_sum(read)  # collective: all ranks
+    sums = all_gather_rows(own[None])  # collective: all ranks; [W, T]
+    copies = gather_objects(group.replica)  # collective: all ranks
+    is_piece = torch.tensor([name in pieces for name in names], dtype=torch.bool, device=device)
+    totals = {copy: sums[[other == copy for other in copies]].sum(0) for copy in set(copies)}
+    held = torch.stack([torch.where(is_piece, totals[copy], sums[rank]) for rank, copy in enumerate(copies)])  # [W, T]
+    is_same_type = [stream.dtypes.get(name) == tensors[name].dtype for name in names]
+    expected = torch.where(torch.tensor(is_same_type, dtype=torch.bool, device=device), read, held[0])
+    wrong = (held != expected).nonzero().tolist()  # host sync
+    if wrong:
+        ranks = sorted({rank for rank, _ in wrong})
+        together = f" (each {group.size} in a row share a copy)" if group.size > 1 else ""
         raise RuntimeError(
-            f"After loading {plan.directory} the ranks {differing} hold other weights than rank 0: memory or network "
-            "of their nodes changes bits; start again without these nodes."
+            f"After loading {plan.directory} the ranks {ranks}{together} hold other bits than its files, first in "
+            f"{names[wrong[0][1]]!r}: memory or network of their nodes changes bits; start again without these nodes."
         )
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Of all bits of all tensors. Sums of integers do not depend on the order of summation."""
-    sums = []
-    for name in sorted(tensors):
-        flat = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8)
-        words = flat[: flat.numel() // 4 * 4].view(torch.int32)
-        sums.append(words.sum(dtype=torch.int64) + flat[words.numel() * 4 :].sum(dtype=torch.int64))
-    return hashlib.sha256(torch.stack(sums).cpu().numpy().tobytes()).hexdigest() if sums else ""  # host sync
+def bit_sum(tensor: Tensor) -> Tensor:
+    """The sum of all elements' bits, read as integers: 0-D, int64. The same however a tensor is cut and added up."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
 
 
 def _make_plan(directory: Path) -> StepPlan:
@@ -167,6 +241,8 @@ def _make_plan(directory: Path) -> StepPlan:
     train = read_train(directory)
     check_step(directory, manifest, train)
     files = {kind: _plan_files(directory, manifest, kind) for kind in ("model", "optimizer", "rng", "data")}
+    for kind in files:
+        find_pieces({file.path: file.entries for file in files[kind]})  # raises if rows are missing
     return StepPlan(directory, manifest, train, files)
 
 

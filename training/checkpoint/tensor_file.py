@@ -2,7 +2,11 @@
 
     8 bytes: length of the header | header: JSON {NAME: {dtype, shape, data_offsets}} | data, tensor after tensor
 
-The format is that of the safetensors library; its own writer takes all tensors at once and does not hash.
+The format is that of the safetensors library; its own writer takes all tensors at once and does not hash. Of a tensor
+that lies in several files each holds some rows, one after another; the header's metadata says which:
+
+    {"__metadata__": {"pieces": '{NAME: [[SHAPE OF THE WHOLE], FIRST ROW]}'}, ...}
+
 Source: https://github.com/huggingface/safetensors#format
 """
 
@@ -14,7 +18,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,37 +42,71 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LENGTH_BYTES = 8
+_METADATA = "__metadata__"
+_PIECES = "pieces"
 _LONGEST_HEADER = 100_000_000
 """As in the safetensors library: a length out of thin air must not make the reader ask for all memory."""
 _CHUNK_BYTES = 1 << 22
 
 
+class Piece(NamedTuple):
+    """Which rows of a tensor a file holds, beside those that it has."""
+
+    full_shape: tuple[int, ...]
+    row: int
+    """The first one."""
+
+
 class Entry(NamedTuple):
-    """One tensor of a file."""
+    """One tensor of a file, or some rows of one."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
     """Bytes from the beginning of the file."""
+    full_shape: tuple[int, ...]
+    """Of the whole tensor, of which these are the rows from ``row`` on."""
+    row: int = 0
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def is_whole(self) -> bool:
+        return self.shape == self.full_shape
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileFacts:
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], pieces: Mapping[str, Piece] | None = None) -> FileFacts:
     """Writes a new file and flushes it to the disk; returns what the manifest says of it.
+
+    Args:
+        pieces: those of the tensors that are some rows of a larger one.
 
     Raises:
         OSError: no space, a quota, a disk that fails; what was written so far is left behind.
     """
+    entries = file_layout({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, pieces or {})
+    return write_entries(path, entries, (bytes_of(tensors[entry.name]) for entry in entries))
+
+
+def file_layout(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], pieces: Mapping[str, Piece]) -> list[Entry]:
+    """Tensors of these types and shapes in the order in which they lie in a file, from offset 0 on."""
+    entries, offset = [], 0
     # Wide types first: every tensor is aligned to its own type.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+        full_shape, row = pieces.get(name, Piece(shape, 0))
+        entries.append(Entry(name, dtype, shape, offset, full_shape, row))
+        offset += entries[-1].nbytes
+    return entries
+
+
+def write_entries(path: Path, entries: Sequence[Entry], contents: Iterable[memoryview]) -> FileFacts:
+    """Writes a new file of ``entries`` in their order; ``contents`` one after another are their bytes, however cut."""
     with hashing_writer(path) as write:
-        write(_header(ordered))
-        for _, tensor in ordered:
-            data = _bytes_of(tensor)
+        write(_header(entries))
+        for data in contents:
             for start in range(0, len(data), _CHUNK_BYTES):
                 write(data[start : start + _CHUNK_BYTES])
     return write.facts()
@@ -161,10 +199,18 @@ class TensorReader:
             DamagedCheckpoint: the file ends early, or cannot be read.
         """
         for entry in self.entries:
-            tensor = torch.empty(entry.shape, dtype=entry.dtype)
-            self._fill(_bytes_of(tensor))
-            self._size += entry.nbytes
-            yield entry, tensor
+            yield entry, view_of(self.read_block([entry]), entry, start=entry.offset)
+
+    def read_block(self, entries: Sequence[Entry]) -> Tensor:
+        """The bytes of the next entries, which lie one after another: uint8, on the CPU. Look with ``view_of``.
+
+        Raises:
+            DamagedCheckpoint: the file ends early, or cannot be read.
+        """
+        block = torch.empty(sum(entry.nbytes for entry in entries), dtype=torch.uint8)
+        self._fill(bytes_of(block))
+        self._size += len(block)
+        return block
 
     def facts(self) -> FileFacts:
         """Of what was read: to be compared with the manifest when all of it was."""
@@ -177,6 +223,14 @@ class TensorReader:
             self._digest.update(chunk)
 
 
+def view_of(block: Tensor, entry: Entry, *, start: int) -> Tensor:
+    """A tensor within the bytes of a file from ``start`` on; it must lie at a multiple of its type's size there."""
+    if entry.nbytes == 0:
+        return torch.empty(entry.shape, dtype=entry.dtype, device=block.device)
+    at = entry.offset - start
+    return block[at : at + entry.nbytes].view(entry.dtype).view(entry.shape)
+
+
 def _mapped(memory: mmap.mmap, entry: Entry) -> Tensor:
     count = math.prod(entry.shape)
     if count == 0:
@@ -184,21 +238,24 @@ def _mapped(memory: mmap.mmap, entry: Entry) -> Tensor:
     return torch.frombuffer(memory, dtype=entry.dtype, count=count, offset=entry.offset).view(entry.shape)
 
 
-def _header(ordered: list[tuple[str, Tensor]]) -> memoryview:
+def _header(entries: Sequence[Entry]) -> memoryview:
     header: dict[str, Any] = {}
+    pieces = {entry.name: [entry.full_shape, entry.row] for entry in entries if not entry.is_whole}
+    if pieces:
+        header[_METADATA] = {_PIECES: json.dumps(pieces, separators=(",", ":"))}
     position = 0
-    for name, tensor in ordered:
-        if tensor.dtype not in _NAMES:
-            raise ValueError(f"{name!r} is of {tensor.dtype}, which the format has no name for")
-        end = position + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+    for entry in entries:
+        if entry.dtype not in _NAMES:
+            raise ValueError(f"{entry.name!r} is of {entry.dtype}, which the format has no name for")
+        end = position + entry.nbytes
+        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
     return memoryview(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, or of a copy that is one."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
@@ -230,13 +287,16 @@ def _read_entries(file: io.FileIO, path: Path, *, digest: Any) -> list[Entry]:
 
 def _parse_entries(header: dict[str, Any], *, data_offset: int, size: int) -> list[Entry]:
     """Tensors must lie one after another without gaps and end with the file: nothing is hidden, nothing overlaps."""
-    spans = sorted((*fields["data_offsets"], name) for name, fields in header.items() if name != "__metadata__")
+    spans = sorted((*fields["data_offsets"], name) for name, fields in header.items() if name != _METADATA)
+    pieces: dict[str, Any] = json.loads(header.get(_METADATA, {}).get(_PIECES, "{}"))
+    if unknown := pieces.keys() - header.keys():
+        raise ValueError(f"pieces of tensors that are not there, such as {min(unknown)!r}")
     entries, position = [], 0
     for start, end, name in spans:
         dtype, shape = _DTYPES[header[name]["dtype"]], tuple(header[name]["shape"])
         if any(not isinstance(dim, int) or dim < 0 for dim in shape):
             raise ValueError(f"shape {shape} of {name!r}")
-        entry = Entry(name, dtype, shape, data_offset + start)
+        entry = Entry(name, dtype, shape, data_offset + start, *_parse_piece(pieces.get(name), name, shape))
         if start != position or end - start != entry.nbytes:
             raise ValueError(f"{name!r} lies from {start} to {end}, expected from {position} to {start + entry.nbytes}")
         entries.append(entry)
@@ -244,6 +304,18 @@ def _parse_entries(header: dict[str, Any], *, data_offset: int, size: int) -> li
     if data_offset + position != size:
         raise ValueError(f"data end at byte {data_offset + position} of {size}")
     return entries
+
+
+def _parse_piece(piece: Any, name: str, shape: tuple[int, ...]) -> Piece:
+    """Rows that cannot be rows of the whole are refused; whether all of them are somewhere, no file knows."""
+    if piece is None:
+        return Piece(shape, 0)
+    full_shape, row = tuple(piece[0]), piece[1]
+    if not all(type(number) is int and number >= 0 for number in (*full_shape, row)):
+        raise ValueError(f"{name!r} is a piece of {piece}")
+    if not shape or full_shape[1:] != shape[1:] or not full_shape or row + shape[0] > full_shape[0]:
+        raise ValueError(f"{name!r} has rows of shape {shape} from row {row} on, of a tensor of shape {full_shape}")
+    return Piece(full_shape, row)
 
 
 def _read_exactly(file: io.FileIO, target: memoryview, path: Path) -> None:

@@ -6,14 +6,14 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from training.checkpoint.checkpointer import Checkpointer, read_parts
+from training.checkpoint.checkpointer import Checkpointer, check_tensors, read_parts
 from training.checkpoint.manifest import (
     MANIFEST_NAME,
     DamagedCheckpoint,
@@ -47,6 +47,9 @@ class Checkpoints(Protocol):
     def describe(self, step: int, name: str) -> FileFacts:
         """Reads a file."""
 
+    def check_tensors(self, step: int) -> None:
+        """Raises DamagedCheckpoint if tensors or rows of them are in no file; what only headers tell."""
+
     def train(self, step: int) -> dict[str, Any]: ...
 
     def age_s(self, step: int) -> float | None: ...
@@ -76,6 +79,9 @@ class LocalCheckpoints:
 
     def describe(self, step: int, name: str) -> FileFacts:
         return describe(self._checkpointer.path(step) / name)
+
+    def check_tensors(self, step: int) -> None:
+        check_tensors(self._checkpointer.path(step), read_manifest(self._checkpointer.path(step)))
 
     def train(self, step: int) -> dict[str, Any]:
         return read_train(self._checkpointer.path(step))
@@ -109,6 +115,9 @@ class RemoteCheckpoints:
 
     def describe(self, step: int, name: str) -> FileFacts:
         return self._remote.describe(step, name)
+
+    def check_tensors(self, step: int) -> None:
+        """Nothing: a mirror takes verified checkpoints only."""
 
     def train(self, step: int) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(self._remote.read(f"{step_prefix(step)}train.json"))
@@ -155,6 +164,11 @@ def find_damages(checkpoints: Checkpoints, step: int) -> list[str]:
             continue
         if found != expected:
             damages.append(f"{name}: sha256 {found.sha256[:16]}..., written with {expected.sha256[:16]}...")
+    if not damages:
+        try:
+            checkpoints.check_tensors(step)
+        except DamagedCheckpoint as damage:
+            damages.append(str(damage))
     return damages
 
 
@@ -201,7 +215,8 @@ class Weights(NamedTuple):
     """What an export is made of."""
 
     directory: Path
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
+    """In the model's order; each is read when it is asked for, and not kept."""
     train: dict[str, Any]
 
 
@@ -214,4 +229,26 @@ def open_weights(checkpoints: Checkpoints, step: int, *, with_optimizer: bool = 
     with tempfile.TemporaryDirectory() as scratch:
         directory = checkpoints.fetch(step, names, Path(scratch))
         weights, train = read_parts(directory, manifest, "model"), read_train(directory)
-        yield Weights(directory, {key: weights[key] for key in train.get("weights", sorted(weights))}, train)
+        yield Weights(directory, _InOrder(weights, train.get("weights", sorted(weights))), train)
+
+
+class _InOrder(Mapping[str, Tensor]):
+    """Some entries of a mapping, in the given order."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        missing = [name for name in names if name not in tensors]
+        if missing:
+            raise DamagedCheckpoint(f"no file has {missing[0]!r}, which train.json names ({len(missing)} are missing)")
+        self._tensors = tensors
+        self._names = dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

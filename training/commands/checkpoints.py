@@ -60,7 +60,7 @@ def _row(checkpoints: Checkpoints, step: int, *, read: bool) -> tuple[str, ...]:
         f"{train['samples_seen']:,}" if "samples_seen" in train else "-",
         _size(sum(facts.size for facts in manifest.files.values())),
         "-" if age_s is None else _duration(age_s),
-        "1" if manifest.world_size == 0 else "2",
+        "1" if manifest.world_size == 0 else "3" if manifest.shard_ranks > 1 else "2",
         str(manifest.generation) if manifest.world_size else "-",
         tags,
         f"DAMAGED: {damages[0]}" if damages else ("verified" if read else "complete"),

@@ -24,6 +24,11 @@ COMMANDS: dict[str, Command] = {
     "data": Command("training.commands.data", "look at, index, time and trace training data"),
     "checkpoints": Command("training.commands.checkpoints", "list, verify, export, average and mirror checkpoints"),
     "report": Command("training.commands.report", "write a page about a run: curves, starts, events, checkpoints"),
+    "submit": Command("training.commands.submit", "check, plan and submit a run to SLURM"),
+    "status": Command("training.commands.status", "say what a run is doing, how far it is, and what happened to it"),
+    "logs": Command("training.commands.logs", "print or follow the logs of a run, its job or one of its ranks"),
+    "cancel": Command("training.commands.cancel", "end a run for good, saved"),
+    "doctor": Command("training.commands.doctor", "look for what would make a job fail, on this machine or in a job"),
     "models": Command("training.commands.models", "list model names with parameters and cost"),
 }
 

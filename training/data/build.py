@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -13,6 +12,7 @@ from models.tokenizer import Tokenizer
 from training.config import DataConfig, ImageConfig
 from training.data.csv_reader import CsvSource, CsvTable
 from training.data.decode import SampleDecoder
+from training.data.epoch import check_epoch, choose_block, choose_parts, epoch_length, lanes_of, train_data_type
 from training.data.identity import SourceDigests, digest_sources
 from training.data.jsonl_reader import JsonlTable
 from training.data.lane_reader import Source
@@ -24,59 +24,6 @@ from training.data.shards import expand_shards, require_num_samples
 from training.data.sources import SyntheticSource, TarSource
 from training.data.storage import Storage, StorageOptions
 from training.data.transforms import build_train_transform
-
-LANES_PER_RANK = 48
-"""With enough data. Divisible by 2, 3, 4, 6, 8, 12, 16, 24: on so many times the ranks each still has whole lanes."""
-_FEWEST_LANES_PER_RANK = 12
-_MOST_PARTS = 4
-"""Of a shard. Every part of a remote shard may read over what the others need."""
-_BLOCK_SAMPLES_PER_RANK = 4096
-"""Lanes times block. With 48 lanes, neighbours of a shard meet in a batch about as often as with OpenCLIP's buffer of
-5,000 samples, in less memory."""
-_LARGEST_BLOCK = 2048
-
-
-def resolve_dataset_type(config: DataConfig, path: str, *, flag: str) -> str:
-    """``auto`` decides by the extension, as OpenCLIP does, and knows ``pipe:`` commands and globs as well."""
-    if config.dataset_type != "auto":
-        return config.dataset_type
-    extension = path.rsplit(".", 1)[-1].lower()
-    if extension in ("csv", "tsv"):
-        return "csv"
-    if extension in ("jsonl", "ndjson"):
-        return "jsonl"
-    if path.startswith("pipe:") or extension == "tar" or "tar" in extension.split():
-        return "webdataset"
-    raise ValueError(f"Cannot tell the type of {path!r} given to {flag}: pass --dataset-type webdataset, csv or jsonl.")
-
-
-def choose_parts(num_shards: int) -> int:
-    """Into how many slots each shard is cut: 1 from 48 shards on, at most 4; whatever the number of ranks."""
-    return min(_MOST_PARTS, -(-LANES_PER_RANK // num_shards))
-
-
-def choose_lanes(slots_per_epoch: int, *, world_size: int) -> int:
-    """How many lanes a new run has: 48 per rank; with less data one per slot, or as many as divide among the ranks.
-
-    What a lane costs: an open shard, a block of undecoded samples, 20 bytes in every checkpoint.
-
-    Raises:
-        ValueError: fewer slots than ranks.
-    """
-    per_rank = min(LANES_PER_RANK, slots_per_epoch // world_size)
-    if per_rank == 0:
-        raise ValueError(
-            f"{slots_per_epoch} slots of data (shards, or parts of them) for {world_size} ranks: pass "
-            "--dataset-resampled, use fewer ranks, or write more and smaller shards."
-        )
-    if per_rank < LANES_PER_RANK and slots_per_epoch % world_size == 0:
-        return slots_per_epoch
-    return per_rank * world_size
-
-
-def choose_block(num_lanes: int, *, world_size: int) -> int:
-    """Samples that a lane shuffles among each other, so that a rank shuffles 4,096."""
-    return max(1, min(_LARGEST_BLOCK, _BLOCK_SAMPLES_PER_RANK * world_size // num_lanes))
 
 
 def build_train_loader(
@@ -101,15 +48,10 @@ def build_train_loader(
     """
     source, num_samples, digests = _build_source(config, preprocess=preprocess, seed=seed)
     num_batches, epoch_samples = epoch_length(
-        config, num_samples=num_samples, world_size=world_size, kind=_type(config)
+        config, num_samples=num_samples, world_size=world_size, kind=train_data_type(config)
     )
-    if num_batches < accum_freq or num_samples < config.batch_size * world_size:
-        raise ValueError(
-            f"{num_samples} samples are fewer than one global batch of "
-            f"{config.batch_size * world_size * accum_freq} ({config.batch_size} per rank x {world_size} ranks x "
-            f"{accum_freq} micro-steps): lower --batch-size or --accum-freq, or raise --train-num-samples."
-        )
-    num_lanes = _num_lanes(config, source, world_size=world_size)
+    check_epoch(num_samples, num_batches, batch_size=config.batch_size, world_size=world_size, accum_freq=accum_freq)
+    num_lanes = lanes_of(config, source.slots_per_epoch, world_size=world_size)
     block = config.shuffle_block or choose_block(num_lanes, world_size=world_size)
     return TrainLoader(
         source,
@@ -143,40 +85,9 @@ def build_train_loader(
     )
 
 
-def _num_lanes(config: DataConfig, source: Source, *, world_size: int) -> int:
-    slots = source.slots_per_epoch
-    if not config.data_lanes:
-        if config.dataset_resampled:  # a slot reads any shard, so that lanes may be more than shards
-            slots = max(slots, _FEWEST_LANES_PER_RANK * world_size)
-        return choose_lanes(slots, world_size=world_size)
-    if config.data_lanes < world_size:
-        raise ValueError(f"{config.data_lanes} lanes for {world_size} ranks: raise --data-lanes, or leave it out.")
-    if config.data_lanes > slots and not config.dataset_resampled:
-        raise ValueError(
-            f"{config.data_lanes} lanes for {slots} slots of data, so some would have none of an epoch: pass "
-            f"--data-lanes {slots} or fewer, or --dataset-resampled."
-        )
-    return config.data_lanes
-
-
-def has_train_data(config: DataConfig) -> bool:
-    """Whether there is anything to train on; without, a run only evaluates."""
-    return bool(config.train_data or config.train_data_manifest) or config.dataset_type == "synthetic"
-
-
-def _type(config: DataConfig) -> str:
-    if config.train_data_manifest is not None:
-        return "webdataset"
-    if config.train_data is None:
-        if config.dataset_type == "synthetic":
-            return "synthetic"
-        raise ValueError("No training data: pass --train-data, or --dataset-type synthetic for a run without any.")
-    return resolve_dataset_type(config, config.train_data, flag="--train-data")
-
-
 def _build_source(config: DataConfig, *, preprocess: PreprocessConfig, seed: int) -> tuple[Source, int, SourceDigests]:
     """(source, samples per epoch, digests of what is read)."""
-    kind = _type(config)
+    kind = train_data_type(config)
     if kind == "synthetic":
         return _synthetic_source(config, preprocess=preprocess, seed=seed)
     if config.train_data_manifest is not None:
@@ -249,16 +160,3 @@ def read_table(config: DataConfig, path: str, kind: str, *, flag: str) -> CsvTab
 def storage_options(config: DataConfig) -> StorageOptions:
     """How shards are fetched, as the flags say."""
     return StorageOptions(s3_native=config.s3_native == "on", cache_dir=config.cache_shards, cache_gib=config.cache_gib)
-
-
-def epoch_length(config: DataConfig, *, num_samples: int, world_size: int, kind: str) -> tuple[int, int]:
-    """(batches per rank, samples of all ranks) in an epoch, by OpenCLIP's arithmetic.
-
-    Webdataset: rounded up to a whole number of batches of every worker; otherwise: rounded down to whole batches.
-    """
-    if kind == "webdataset":
-        workers = max(1, config.workers)
-        global_batches = math.ceil(num_samples / (config.batch_size * world_size))
-        num_batches = math.ceil(global_batches / workers) * workers
-        return num_batches, num_batches * config.batch_size * world_size
-    return math.ceil(num_samples / world_size) // config.batch_size, num_samples

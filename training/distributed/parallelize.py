@@ -1,8 +1,17 @@
 """Turns a single-device model into the one that trains: the only place where it is wrapped, and in which order.
 
-    SyncBatchNorm -> activation checkpointing of blocks -> torch.compile of blocks -> DistributedDataParallel
+    SyncBatchNorm -> activation checkpointing of blocks -> torch.compile of blocks -> DistributedDataParallel, or FSDP2
 
 Each acts from outside on the model's ``image_blocks`` and ``text_blocks``; parameter names stay those of the plain one.
+
+With FSDP every block is a group of its own, gathered when it computes, and what is left of the model is another. The
+rules of precision are those of DDP, in which autocast decides operation by operation:
+
+    blocks             gathered in the type of --precision, if all they do allows it: half of the bytes to send
+    all the rest       gathered in fp32: embeddings begin the residual stream, and with it the sums of all blocks
+    logit_scale        whole on every rank, in fp32, as all parameters of a single element
+    gradients          summed over ranks in fp32
+    inputs of blocks   as they are: FSDP would round a residual stream that autocast keeps in fp32
 """
 
 from __future__ import annotations
@@ -10,25 +19,56 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from models.transformer import LayerNorm
 from training.config import EngineConfig
-from training.distributed.runtime import Runtime
+from training.distributed.initial_weights import check_no_meta_tensors, send_weights
+from training.distributed.mesh import build_mesh
+from training.distributed.runtime import COLLECTIVE_TIMEOUT, Runtime
+from training.distributed.sharding import register_sharding
 
 logger = logging.getLogger(__name__)
 
+_FORWARD_METHODS = ("encode_image", "encode_text")
+"""What evaluation calls instead of ``forward``."""
 
-def parallelize(model: nn.Module, *, config: EngineConfig, runtime: Runtime) -> nn.Module:
+
+def is_sharded(config: EngineConfig, *, world_size: int) -> bool:
+    """Whether --fsdp has something to share out; alone, a process trains as without it."""
+    return config.fsdp and world_size > 1
+
+
+def parallelize(
+    model: nn.Module,
+    *,
+    config: EngineConfig,
+    runtime: Runtime,
+    param_dtype: torch.dtype | None = None,
+    source: nn.Module | None = None,
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
+) -> nn.Module:
     """The model as it trains; ``unwrap`` gives back the plain one. All ranks must call it, with equal weights.
 
+    Args:
+        model: on its device; with --fsdp it may be on ``meta`` on all ranks.
+        param_dtype: what autocast computes in; the type in which FSDP gathers blocks.
+        source: for a model on ``meta``: on rank 0 the same model with its weights, on the CPU.
+        timeout: of the collectives of FSDP's groups.
+
     Raises:
-        ValueError: --use-bn-sync on processes without a GPU.
+        ValueError: --use-bn-sync or --fsdp-offload-cpu on processes without a GPU; --fsdp-shard-ranks that do not
+            divide the ranks.
     """
     if config.use_bn_sync and runtime.world_size > 1:
         model = _synchronize_batch_norm(model, runtime)
@@ -37,7 +77,11 @@ def parallelize(model: nn.Module, *, config: EngineConfig, runtime: Runtime) -> 
     if config.torchcompile:
         _compile_blocks(model, backend=config.torchcompile_backend, mode=config.torchcompile_mode)
     if runtime.world_size == 1:
+        if config.fsdp:
+            logger.info("--fsdp has no effect: a single process holds the whole model.")
         return model
+    if is_sharded(config, world_size=runtime.world_size):
+        return _shard(model, config, runtime=runtime, param_dtype=param_dtype, source=source, timeout=timeout)
     return DistributedDataParallel(
         model,
         device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None,
@@ -58,6 +102,83 @@ def unwrap(model: nn.Module) -> nn.Module:
 def tower_blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks of both towers: image tower first, each in the order of its forward pass."""
     return [block for name in ("image_blocks", "text_blocks") for block in getattr(model, name, ())]
+
+
+def _shard(
+    model: nn.Module,
+    config: EngineConfig,
+    *,
+    runtime: Runtime,
+    param_dtype: torch.dtype | None,
+    source: nn.Module | None,
+    timeout: timedelta,
+) -> nn.Module:
+    if config.fsdp_offload_cpu and runtime.device.type == "cpu":
+        raise ValueError("--fsdp-offload-cpu with --device cpu: the shards are in host memory already; leave it out")
+    mesh = build_mesh(config.fsdp_shard_ranks, runtime=runtime, timeout=timeout)
+    is_meta = any(parameter.is_meta for parameter in model.parameters())
+    fully_shard_blocks(model, config, mesh=mesh, param_dtype=param_dtype)
+    if is_meta:
+        _allocate(model, device=runtime.device, offload=config.fsdp_offload_cpu)
+    register_sharding(model)
+    if is_meta:
+        send_weights(model, source, device=runtime.device)
+    if mesh.ndim == 1:
+        logger.info("FSDP: %d ranks share one copy of the model.", mesh.size())
+    else:
+        logger.info("HSDP: %d copies of the model, each shared by %d ranks.", mesh.size(0), mesh.size(1))
+    return model
+
+
+def fully_shard_blocks(
+    model: nn.Module, config: EngineConfig, *, mesh: DeviceMesh, param_dtype: torch.dtype | None
+) -> None:
+    """Applies FSDP2 in place; ``register_sharding`` is left to do."""
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "ignored_params": {parameter for parameter in model.parameters() if parameter.numel() == 1},
+    }
+    if config.fsdp_offload_cpu:
+        options["offload_policy"] = CPUOffloadPolicy()
+    blocks = tower_blocks(model)
+    if not blocks:
+        logger.warning("--fsdp gathers all weights at once: no tower of this model is made of repeated blocks")
+    for block in blocks:
+        lower = param_dtype if _may_be_lowered(block, device_type=mesh.device_type) else None
+        fully_shard(
+            block, mp_policy=_policy(lower), reshard_after_forward=not config.fsdp_no_reshard_after_forward, **options
+        )
+    # What is outside of blocks is needed at the start of both towers and at their ends: gathered once.
+    fully_shard(model, mp_policy=_policy(None), reshard_after_forward=False, **options)
+    for method in _FORWARD_METHODS:
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
+
+
+def _policy(param_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def _may_be_lowered(block: nn.Module, *, device_type: str) -> bool:
+    """Whether every operation of a block takes weights in lower precision; under autocast most of them cast anyway."""
+    for module in block.modules():
+        if hasattr(module, "running_mean"):
+            return False  # batch_norm wants weights in the type of its statistics
+        if device_type == "cpu" and isinstance(module, nn.LayerNorm) and not isinstance(module, LayerNorm):
+            return False  # autocast raises the weights of layer_norm on GPUs only
+    return True
+
+
+def _allocate(model: nn.Module, *, device: torch.device, offload: bool) -> None:
+    """Memory for what this rank holds, with any values."""
+    model.to_empty(device="cpu" if offload else device)
+    if offload:
+        # Only what FSDP moves to the device by itself may stay in host memory.
+        for module in model.modules():
+            for value in [*module._parameters.values(), *module._buffers.values()]:
+                if value is not None and not isinstance(value, DTensor):
+                    value.data = value.data.to(device)
+    check_no_meta_tensors(model)
 
 
 def _synchronize_batch_norm(model: nn.Module, runtime: Runtime) -> nn.Module:

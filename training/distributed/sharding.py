@@ -21,6 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from training.distributed.collectives import all_reduce_sum, broadcast_tensor, world_size
 
 
 class Placement(NamedTuple):
@@ -48,6 +51,8 @@ class _Sharding:
     group: ShardGroup
     process_group: dist.ProcessGroup
     """The ranks of this copy."""
+    device: torch.device
+    """That they exchange tensors on; shards may be in host memory."""
     sharded: Mapping[str, nn.Parameter]
     """FSDP's own parameters."""
     local: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -107,7 +112,10 @@ def register_sharding(model: nn.Module) -> None:
     replica, replicas = (mesh.get_local_rank(0), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
     shard_axis = mesh.ndim - 1
     group = ShardGroup(mesh.get_local_rank(shard_axis), mesh.size(shard_axis), replica, replicas)
-    sharding = _Sharding(group, mesh.get_group(shard_axis), sharded)
+    device = torch.device(mesh.device_type)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    sharding = _Sharding(group, mesh.get_group(shard_axis), device, sharded)
     for name, parameter in named.items():
         if name not in sharded:
             sharding.local[name] = parameter
@@ -116,6 +124,19 @@ def register_sharding(model: nn.Module) -> None:
         sharding.local[name] = nn.Parameter(rows, requires_grad=parameter.requires_grad)
         sharding.placements[name] = _placement(tuple(parameter.shape), rows, group, name=name)
     _SHARDINGS[model] = sharding
+
+
+def sharding_device(model: nn.Module) -> torch.device | None:
+    """That the ranks of a sharded model exchange tensors on; its shards may be in host memory."""
+    sharding = _SHARDINGS.get(model)
+    return None if sharding is None else sharding.device
+
+
+def sum_over_copy(model: nn.Module, values: Tensor) -> Tensor:
+    """Element-wise sum over the ranks that share this rank's copy, as a new tensor. Collective: all ranks."""
+    total = values.clone()
+    dist.all_reduce(total, group=_SHARDINGS[model].process_group)  # collective: all ranks
+    return total
 
 
 def reshard(model: nn.Module) -> None:
@@ -128,14 +149,47 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def begin_step(model: nn.Module) -> None:
+    """Before a step's first forward pass: weights are gathered anew, and BatchNorm's statistics are rank 0's.
+
+    DDP does the latter too. Collective with BatchNorm: all ranks.
+    """
+    if model not in _SHARDINGS:
+        return
+    reshard(model)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            for buffer in module.buffers():
+                broadcast_tensor(buffer, 0)  # collective: all ranks
+
+
+def exchange_gradients(model: nn.Module, wanted: bool) -> None:
+    """Whether the next backward passes exchange gradients; without, they add up on each rank, unsharded."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)
+
+
 def take_gradients(model: nn.Module) -> None:
-    """Moves the gradients that FSDP has left with its own parameters to ``local_parameters``. Nothing is copied."""
+    """After the last backward pass: moves gradients from FSDP's parameters to ``local_parameters``, without copies.
+
+    Those of whole parameters are averaged here, for FSDP leaves them alone. Collective: all ranks.
+    """
     sharding = _SHARDINGS.get(model)
     if sharding is None:
         return
     for name, parameter in sharding.sharded.items():
         gradient, parameter.grad = parameter.grad, None
         sharding.local[name].grad = None if gradient is None else cast(DTensor, gradient).to_local()
+    whole = [
+        parameter.grad
+        for name, parameter in sharding.local.items()
+        if name not in sharding.placements and parameter.grad is not None
+    ]
+    if whole:
+        flat = torch.cat([gradient.reshape(-1).float() for gradient in whole])
+        means = all_reduce_sum(flat) / world_size()  # collective: all ranks
+        for gradient, mean in zip(whole, means.split([gradient.numel() for gradient in whole]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 class ShardSums:
@@ -143,7 +197,7 @@ class ShardSums:
 
     def __init__(self, model: nn.Module) -> None:
         sharding = _SHARDINGS[model]
-        self._process_group = sharding.process_group
+        self._process_group, self._device = sharding.process_group, sharding.device
         counts_whole = sharding.group.index == 0
         self._counts = {
             parameter: counts_whole or name in sharding.placements for name, parameter in sharding.local.items()
@@ -167,10 +221,27 @@ class ShardSums:
         key = tuple(map(id, parameters))
         if key not in self._masks:
             counts = [self._counts[cast(nn.Parameter, parameter)] for parameter in parameters]
-            self._masks[key] = torch.tensor(counts, device=sums.device)
-        total = torch.where(self._masks[key], sums, torch.zeros_like(sums))
+            self._masks[key] = torch.tensor(counts, device=self._device)
+        own = sums.to(self._device)
+        total = torch.where(self._masks[key], own, torch.zeros_like(own))
         dist.all_reduce(total, group=self._process_group)  # collective: all ranks
-        return total
+        return total.to(sums.device)  # host sync if shards are in host memory
+
+    def of_each(self, sums: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The same for several vectors in one exchange; each result is where its argument was. Collective: all ranks.
+
+        Args:
+            parameters: of all vectors, in order.
+        """
+        total = self(torch.cat([part.to(self._device) for part in sums]), parameters)
+        parts = total.split([len(own) for own in sums])
+        return [part.to(own.device) for own, part in zip(sums, parts, strict=True)]
+
+    def norm(self, gradients: Sequence[tuple[nn.Parameter, Tensor]]) -> Tensor:
+        """L2 norm of all of them together, 0-D, on the device. Collective: all ranks; no host sync."""
+        norms = torch._foreach_norm([gradient for _, gradient in gradients], dtype=torch.float32)
+        squares = torch.stack([norm.to(self._device) for norm in norms]).square()
+        return self(squares, [parameter for parameter, _ in gradients]).sum().sqrt()
 
 
 def shard_sums(model: nn.Module) -> ShardSums | None:

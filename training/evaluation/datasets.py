@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from training.config import DataConfig
-from training.data.build import read_table, resolve_dataset_type
+from training.data.build import read_table
+from training.data.epoch import resolve_dataset_type
 from training.data.shards import expand_shards, is_local
 from training.distributed.start_up import on_first_rank, spread
 from training.evaluation.prompts import Prompts, read_prompts

@@ -1,7 +1,7 @@
 """Evaluates a model during training: builds the evaluations of a run at start-up and runs those that are due.
 
-    build_evaluators(config) -> [Evaluator, ...]        once; ends the run if a data set is not as it should be
-    evaluate(model, evaluators, epoch=...) -> metrics   after an epoch, on all ranks, the same numbers on each
+build_evaluators(config) -> [Evaluator, ...]        once; ends the run if a data set is not as it should be
+evaluate(model, evaluators, epoch=...) -> metrics   after an epoch, on all ranks, the same numbers on each
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from models.config import PreprocessConfig
 from training.config import DataConfig, EvaluationConfig
 from training.data.transforms import build_eval_transform
+from training.distributed.sharding import reshard, shard_group
 from training.evaluation.batches import Loading
 from training.evaluation.datasets import (
     open_classification_set,
@@ -27,7 +28,7 @@ from training.evaluation.datasets import (
     open_validation_pairs,
     split_directories,
 )
-from training.evaluation.encoder import Encoder, TwoTowers
+from training.evaluation.encoder import Encoder, ShardedEncoder, TwoTowers
 from training.evaluation.evaluators import (
     Evaluator,
     LabelledSource,
@@ -153,11 +154,15 @@ def evaluate(
     """
     metrics: dict[str, float] = {}
     towers = cast(TwoTowers, model)
-    encoder = Encoder(towers, preprocess, device=device, autocast=autocast, input_dtype=input_dtype)
+    is_sharded = shard_group(model) is not None
+    kind = ShardedEncoder if is_sharded else Encoder
+    encoder = kind(towers, preprocess, device=device, autocast=autocast, input_dtype=input_dtype)
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode():
+        # FSDP keeps what it allocates at the first pass, and a tensor made in inference mode cannot train later.
+        with torch.no_grad() if is_sharded else torch.inference_mode():
+            reshard(model)
             for evaluator in evaluators:
                 if due(epoch, evaluator.frequency, last=last):
                     start = time.perf_counter()
@@ -165,6 +170,7 @@ def evaluate(
                     metrics |= result
                     logger.debug("Evaluated %s in %.1f s.", ", ".join(result), time.perf_counter() - start)
     finally:
+        reshard(model)
         # Each module's own flag: frozen parts may have been in eval mode while the rest trained.
         for module, training in was_training.items():
             module.training = training

@@ -76,16 +76,18 @@ class ZeroShotEvaluator:
         if self._tokens is None:
             # The tokens never change. A rank without a class encodes class 0 all the same, to know E.
             self._tokens = tokenize_prompts(self.prompts, loading.tokenizer, classes=mine or range(1))
-        weights = class_weights(self._tokens, encoder.texts, prompts_per_forward=_PROMPTS_PER_FORWARD)
+        with encoder.in_step():
+            weights = class_weights(self._tokens, encoder.texts, prompts_per_forward=_PROMPTS_PER_FORWARD)
         return all_gather_rows(weights[: len(mine)])  # collective: all ranks
 
     def _count(self, encoder: Encoder, weights: Tensor, source: SampleSource) -> Tensor:
         """Hits per class over all ranks, int64 [3, M]."""
         counts = torch.zeros(3, len(weights), dtype=torch.int64, device=encoder.device)
-        for batch in evaluation_batches(source, self.loading):
-            labels = batch.labels.to(encoder.device, non_blocking=True)
-            ranks = label_ranks(encoder.images(batch.images), weights, labels)
-            counts += count_hits(ranks, labels, num_classes=len(weights))
+        with encoder.in_step():
+            for batch in evaluation_batches(source, self.loading):
+                labels = batch.labels.to(encoder.device, non_blocking=True)
+                ranks = label_ranks(encoder.images(batch.images), weights, labels)
+                counts += count_hits(ranks, labels, num_classes=len(weights))
         counts = all_reduce_sum(counts)  # collective: all ranks
         _require_complete(int(counts[0].sum()), source)  # host sync
         return counts
@@ -157,14 +159,13 @@ def gather_features(encoder: Encoder, source: SampleSource, loading: Loading) ->
     return PairFeatures(images, texts, torch.searchsorted(positions, owners))
 
 
-def _encode_share(
-    encoder: Encoder, source: SampleSource, loading: Loading
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _encode_share(encoder: Encoder, source: SampleSource, loading: Loading) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(positions [n], image features [n, E], owners [c], text features [c, E]) of this rank."""
     shares: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for batch in evaluation_batches(source, loading):
-        texts = torch.cat([encoder.texts(tokens) for tokens in batch.texts.split(loading.batch_size)])
-        shares.append((batch.positions, encoder.images(batch.images), batch.text_owners, texts))
+    with encoder.in_step():
+        for batch in evaluation_batches(source, loading):
+            texts = torch.cat([encoder.texts(tokens) for tokens in batch.texts.split(loading.batch_size)])
+            shares.append((batch.positions, encoder.images(batch.images), batch.text_owners, texts))
     width = shares[0][1].shape[1] if shares else 0
     # A rank without samples must still gather rows of the right width.
     width = int(all_reduce_max(torch.tensor(width, device=encoder.device)))  # collective: all ranks, host sync

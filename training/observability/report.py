@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+from training.observability.stragglers import SLOW_SCORE
 from training.observability.svg_chart import Mark, Point, line_chart
 
 _CURVES: Sequence[tuple[str, str, bool]] = (
@@ -21,6 +22,8 @@ _CURVES: Sequence[tuple[str, str, bool]] = (
     ("train/logit_scale", "Logit scale", False),
     ("train/samples_per_second", "Samples per second, all ranks", False),
     ("train/data_wait_pct", "Waiting for data, % of the time", False),
+    ("train/compute/seconds_mean", "Own computing per step, s, mean over ranks", False),
+    ("train/straggler/score", "The slowest rank: the others' own time / its own", False),
 )
 """(metric, title, logarithmic where it helps)."""
 _MARK_OF_EVENT = {
@@ -46,6 +49,7 @@ _LEGEND = {
 }
 _ROUTINE_EVENTS = frozenset({"resumed"})
 _SHOWN_EVENTS = 200
+_SHOWN_RANKS = 16
 _FACTS = frozenset({"step", "time", "event"})
 
 
@@ -88,6 +92,8 @@ def render_report(record: RunRecord) -> str:
     evaluations = _evaluation_curves(record.metrics, marks)
     if evaluations:
         page.section("Evaluation", _grid(evaluations))
+    if ranks := _ranks_table(record):
+        page.section("Ranks that the others waited for", ranks)
     page.section(f"Starts ({len(record.starts)})", _starts_table(record.starts))
     page.section(f"Events ({len(record.events)})", _events_summary(record.events), _events_table(record.events))
     page.section(f"Checkpoints ({len(record.checkpoints)})", _checkpoints_table(record.checkpoints))
@@ -180,6 +186,27 @@ def _legend(marks: Sequence[Mark]) -> str:
         if kind in kinds
     ]
     return f'<p class="legend"><span>All curves are over steps. Marked:</span>{"".join(entries)}</p>' if entries else ""
+
+
+def _ranks_table(record: RunRecord) -> str:
+    """Who was the last at how many log points, and by how much; the host is known of ranks that were named."""
+    points: dict[int, list[Mapping[str, Any]]] = {}
+    for line in record.metrics:
+        if isinstance(line.get("train/straggler/rank"), int | float):
+            points.setdefault(int(line["train/straggler/rank"]), []).append(line)
+    total = sum(map(len, points.values()))
+    hosts = {event.get("rank"): event.get("host") for event in record.events if event.get("event") == "straggler"}
+    rows = []
+    for rank, lines in sorted(points.items(), key=lambda entry: -len(entry[1]))[:_SHOWN_RANKS]:
+        compute_s, data_s, others_s = (
+            _median(_values(lines, f"train/straggler/{name}_seconds")) for name in ("compute", "data_wait", "others")
+        )
+        slow = sum(score < SLOW_SCORE for score in _values(lines, "train/straggler/score"))
+        often = f"{len(lines)} ({len(lines) / total:.0%})"
+        cells = (rank, hosts.get(rank, ""), often, slow, _number(compute_s), _number(data_s), _number(others_s))
+        rows.append([escape(str(cell)) for cell in cells])
+    titles = ("rank", "host", "last at log points", f"of them score < {SLOW_SCORE:g}", "compute s", "data wait s")
+    return _table((*map(escape, titles), "the others s"), rows) if rows else ""
 
 
 def _starts_table(starts: Sequence[Mapping[str, Any]]) -> str:

@@ -86,7 +86,7 @@ class Reporter:
             f"{metrics['samples_per_second_per_gpu']:#g}/s/gpu "
             f"LR: {metrics['lr']:.6f} Logit Scale: {metrics['logit_scale']:.3f} "
             f"Contrastive_loss: {metrics['contrastive_loss']:#.5g} ({mean:#.5g}) "
-            f"Loss: {metrics['loss']:#.5g} ({mean:#.5g}) ETA {format_duration(remaining_s)}"
+            f"Loss: {metrics['loss']:#.5g} ({mean:#.5g}) ETA {format_duration(remaining_s)}{_slowest(metrics)}"
         )
 
     def evaluation(self, step: int, result: Mapping[str, float], *, epoch: int) -> None:
@@ -121,3 +121,14 @@ class Reporter:
             self._lost += 1
             if self._lost == 1:
                 logger.error("Metrics cannot be written (%s): training goes on.", error)
+
+
+def _slowest(metrics: Mapping[str, float]) -> str:
+    """Whom all ranks waited for, at the end of the line, where what reads OpenCLIP's lines does not look."""
+    if "straggler/rank" not in metrics:
+        return ""
+    return (
+        f" Slowest: rank {metrics['straggler/rank']:.0f} "
+        f"(compute {metrics['straggler/compute_seconds']:.3f} s, data {metrics['straggler/data_wait_seconds']:.3f} s, "
+        f"others {metrics['straggler/others_seconds']:.3f} s)"
+    )

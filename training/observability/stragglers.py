@@ -21,6 +21,8 @@ PATIENCE = 5
 """Log points in a row with the same slow rank, until it is named: one slow moment is nothing either."""
 SILENCE = 50
 """Log points until the same rank is named again."""
+LISTED_RANKS = 16
+"""Up to so many ranks each has metrics of its own; of more, the slowest has."""
 
 
 class RankTimes(NamedTuple):
@@ -79,14 +81,26 @@ class StragglerReport:
         self._named_at: dict[int, int] = {}
 
     def metrics(self, times: RankTimes) -> dict[str, float]:
-        """The numbers to log: ``compute/*`` about computing alone, ``straggler/*`` about a rank's whole own time."""
+        """The numbers to log: ``compute/*`` about computing alone, ``straggler/*`` about a rank's whole own time, and
+        ``ranks/*`` about every rank where there are few."""
         numbers = {"compute/seconds_mean": statistics.fmean(times.compute_s)}
-        if len(times.compute_s) > 1:
-            slowest, last = _slowest(times.compute_s), _slowest(times.own_s)
-            numbers["compute/slowest_rank"] = float(slowest)
-            numbers["compute/straggler_score"] = _score(times.compute_s, slowest)
-            numbers["straggler/rank"] = float(last)
-            numbers["straggler/score"] = _score(times.own_s, last)
+        if len(times.compute_s) == 1:
+            return numbers
+        slowest, last = _slowest(times.compute_s), _slowest(times.own_s)
+        numbers |= {
+            "compute/slowest_rank": float(slowest),
+            "compute/seconds_slowest": times.compute_s[slowest],
+            "compute/straggler_score": _score(times.compute_s, slowest),
+            "straggler/rank": float(last),
+            "straggler/score": _score(times.own_s, last),
+            "straggler/compute_seconds": times.compute_s[last],
+            "straggler/data_wait_seconds": times.data_wait_s[last],
+            "straggler/others_seconds": _others(times.own_s, last),
+        }
+        if len(times.compute_s) <= LISTED_RANKS:
+            for rank, (compute_s, data_wait_s) in enumerate(zip(*times, strict=True)):
+                numbers[f"ranks/{rank:02d}/compute_seconds"] = compute_s
+                numbers[f"ranks/{rank:02d}/data_wait_seconds"] = data_wait_s
         return numbers
 
     def observe(self, times: RankTimes, *, step_s: float) -> Straggler | None:

@@ -4,8 +4,9 @@
     weights, gradients, moments -> UpdateMeter ------> one vector -> one copy to the host -> names and numbers
     the batch's first samples --> ActivationProbe --/
 
-No collective. What comes from weights, gradients and moments is equal on all ranks; what comes from samples
-(``feature_norm``, ``attention_logit_max``) and ``device_memory_gib`` is this rank's own.
+No collective, but with FSDP: there all ranks measure together. What comes from weights, gradients and moments is equal
+on all ranks; what comes from samples (``feature_norm``, ``attention_logit_max``) and ``device_memory_gib`` is this
+rank's own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from models.clip import Clip
 from models.packing import PackedTexts
 from training.data.batch import DeviceBatch
+from training.distributed.sharding import local_parameters, reshard, shard_sums
 from training.observability.activation_probe import ActivationProbe
 from training.observability.update_statistics import UpdateMeter, UpdateStatistics
 
@@ -51,10 +53,10 @@ class Telemetry:
         """
         self._every = every
         self._model = model
-        parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        parameters = {name: value for name, value in local_parameters(model).items() if value.requires_grad}
         self._blocks = block_names(model)
         self._patch_embedding = _patch_embedding(model)
-        self._meter = UpdateMeter(parameters, optimizer)
+        self._meter = UpdateMeter(parameters, optimizer, shard_sums=shard_sums(model))
         self._probe = ActivationProbe(model, autocast=autocast) if every and isinstance(model, Clip) else None
 
     def is_due(self, step: int) -> bool:
@@ -74,6 +76,7 @@ class Telemetry:
             statistics = self._meter.measure()
             scalars = {"logit_scale": cast(Tensor, self._model.logit_scale).exp().squeeze()}
             if self._probe is not None:
+                reshard(self._model)  # the probe is to see the weights after the update
                 texts = batch.texts
                 few = texts.first(_SAMPLES) if isinstance(texts, PackedTexts) else texts[:_SAMPLES]
                 scalars |= self._probe.measure(batch.images[:_SAMPLES], few)

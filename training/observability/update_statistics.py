@@ -1,7 +1,8 @@
 """What the last update did to each tensor: norms of gradient, weight and update, and how far AdamW was surprised.
 
 One pass over weights, gradients and moments, in chunks of bounded size: the temporaries need a few MB, whatever the
-model. Nothing waits for the device, and nothing is exchanged: on replicas that agree, the results agree.
+model. Nothing waits for the device. Nothing is exchanged either, for on replicas that agree the results agree; only
+with FSDP the ranks of a copy add up what they found in their rows.
 
     RMS_t = sqrt(mean(g^2 / max(v, eps^2)))        per tensor, g the gradient that the optimizer was given
 
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from training.distributed.sharding import ShardSums
 from training.optim.stable_adamw import StableAdamW, bias_correction
 
 logger = logging.getLogger(__name__)
@@ -62,9 +64,20 @@ class _Piece(NamedTuple):
 class UpdateMeter:
     """Measures the last step of an optimizer. Call it before the gradients are cleared."""
 
-    def __init__(self, named_parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        named_parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        shard_sums: ShardSums | None = None,
+    ) -> None:
+        """
+        Args:
+            shard_sums: of a model whose parameters are spread over ranks; ``measure`` is then collective.
+        """
         groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
         self._optimizer = optimizer
+        self._shard_sums = shard_sums
         self._slots = [_Slot(name, value, groups[value]) for name, value in named_parameters.items() if value in groups]
         # Where the pieces of each tensor go; made once, because a copy from the host would wait for the device.
         self._layouts: dict[tuple[int, ...], Tensor] = {}
@@ -85,11 +98,15 @@ class UpdateMeter:
         for chunk in _chunks(slots):
             pieces += chunk
             columns.append(torch.stack(self._measure_chunk(slots, chunk, has_moments=has_moments)))
-        device = slots[0].parameter.device
+        device = columns[0].device
         if present not in self._layouts:
             self._layouts[present] = torch.tensor([piece.slot for piece in pieces], device=device)
-        rows = torch.cat(columns, dim=1)  # [Q, pieces]; Q quantities, each a sum over the piece
+        rows = torch.cat(
+            [column.to(device) for column in columns], dim=1
+        )  # [Q, pieces]; Q quantities, each a sum over the piece
         sums = rows.new_zeros(len(rows), len(slots)).index_add_(1, self._layouts[present], rows)  # -> [Q, T]
+        if self._shard_sums is not None:
+            sums = self._shard_sums(sums, [slot.parameter for slot in slots])  # collective: all ranks
         return self._finish(slots, sums, has_moments=has_moments)
 
     def _measure_chunk(self, slots: Sequence[_Slot], chunk: Sequence[_Piece], *, has_moments: bool) -> list[Tensor]:
@@ -122,13 +139,16 @@ class UpdateMeter:
             grads, weights = sums.sqrt().unbind()
             return UpdateStatistics(names, grads, weights, None, None, None)
         grads, weights, second, surprise, updates = sums.unbind()
-        sizes = [float(slot.parameter.numel()) for slot in slots]
+        sizes = [float(self._size(slot.parameter)) for slot in slots]
         rms = torch.stack(torch._foreach_div(list(surprise.unbind()), sizes)).sqrt()
         norms = updates.sqrt() * self._step_sizes(slots)
         if isinstance(self._optimizer, StableAdamW):
             norms = norms / rms.clamp_min(1.0)
         second = torch.stack(torch._foreach_div(list(second.unbind()), sizes))
         return UpdateStatistics(names, grads.sqrt(), weights.sqrt(), rms, norms, second)
+
+    def _size(self, parameter: nn.Parameter) -> int:
+        return parameter.numel() if self._shard_sums is None else self._shard_sums.size(parameter)
 
     def _step_sizes(self, slots: Sequence[_Slot]) -> Tensor:
         """Learning rate over the first moment's bias correction, by tensor: [T]."""
@@ -152,10 +172,10 @@ def _correction(step: Tensor | float, beta: float, *, device: torch.device) -> T
 
 
 def _chunks(slots: Sequence[_Slot]) -> Iterator[list[_Piece]]:
-    """Pieces of tensors of one group and type, together not much longer than a chunk."""
-    kinds: dict[tuple[int, torch.dtype], list[int]] = {}
+    """Pieces of tensors of one group, type and device, together not much longer than a chunk."""
+    kinds: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
     for index, slot in enumerate(slots):
-        kinds.setdefault((id(slot.group), slot.parameter.dtype), []).append(index)
+        kinds.setdefault((id(slot.group), slot.parameter.dtype, slot.parameter.device), []).append(index)
     limit = _CHUNK_ELEMENTS.get(slots[0].parameter.device.type, _CHUNK_ELEMENTS["cuda"])
     for indices in kinds.values():
         chunk: list[_Piece] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from training.config import OptimConfig
+from training.distributed.sharding import local_parameters, shard_group, shard_sums
 from training.optim.param_groups import build_param_groups
 from training.optim.stable_adamw import StableAdamW, bias_correction
 
@@ -24,7 +25,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     """An optimizer over what the model trains.
 
     Args:
-        model: the plain model: ``unwrap`` it first, so that parameter names are its own.
+        model: the plain model: ``unwrap`` it first, so that parameter names are its own. With FSDP the optimizer gets
+            the rows of this rank as plain parameters.
 
     Raises:
         ValueError: an unknown --opt, values that it needs and does not have, or --opt-kwargs that it does not take.
@@ -64,12 +66,12 @@ def _build_torch(model: nn.Module, name: str, config: OptimConfig) -> torch.opti
     values = {"--lr": config.lr, "--beta1": config.beta1, "--beta2": config.beta2, "--eps": config.eps}
     if missing := [flag for flag, value in values.items() if value is None]:
         raise ValueError(f"--opt {config.opt} needs {', '.join(missing)}: give a value")
-    groups = build_param_groups(model.named_parameters(), weight_decay=config.wd, exclude=config.wd_exclude)
+    groups = build_param_groups(local_parameters(model).items(), weight_decay=config.wd, exclude=config.wd_exclude)
     settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, **config.opt_kwargs}
     if name == "nadamw":
         return torch.optim.NAdam(groups, decoupled_weight_decay=True, **settings)
     if name == "stableadamw":
-        return StableAdamW(groups, **settings)
+        return StableAdamW(groups, shard_sums=shard_sums(model), **settings)
     optimizer = _build_adamw(groups, settings)
     # A checkpoint brings the settings of the run that wrote it, and OpenCLIP's are not fused.
     implementation = {key: optimizer.defaults[key] for key in ("fused", "foreach")}
@@ -109,8 +111,26 @@ def _build_timm(model: nn.Module, name: str, config: OptimConfig) -> torch.optim
         settings["momentum"] = config.momentum
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            model, name, lr=config.lr, weight_decay=config.wd, eps=config.eps, **settings
+            model if shard_group(model) is None else _LocalModel(model),
+            name,
+            lr=config.lr,
+            weight_decay=config.wd,
+            eps=config.eps,
+            **settings,
         )
     except ValueError as error:
         raise ValueError(f"--opt {config.opt}: {error}; timm.optim.list_optimizers() lists the names") from error
     return optimizer
+
+
+class _LocalModel(nn.Module):
+    """A sharded model as timm's optimizers look at one: parameters by name, here the rows of this rank."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._local = local_parameters(model)
+        if hasattr(model, "no_weight_decay"):
+            self.no_weight_decay = model.no_weight_decay
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return iter(self._local.items())

@@ -7,6 +7,9 @@ update is far too large. StableAdamW measures that for each tensor and divides b
     eta_t = lr / max(1, RMS_t)
     theta <- theta - eta_t * wd * theta - eta_t * m / (sqrt(v) + eps)
 
+With FSDP a rank has some rows of every tensor. RMS_t is that of the whole one: the ranks of a copy add up their
+squares, for all tensors at once, between the update of the moments and that of the weights.
+
 With RMS_t <= 1 it is AdamW. The state has AdamW's names and meaning: checkpoints of either load in the other.
 
 Source: Wortsman et al. 2023, "Stable and low-precision training for large-scale vision-language models"
@@ -16,11 +19,13 @@ Source: Wortsman et al. 2023, "Stable and low-precision training for large-scale
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
+
+from training.distributed.sharding import ShardSums
 
 _CHUNK_ELEMENTS = 32 * 2**20
 """Tensors are updated together up to this many elements: it bounds the memory for intermediate values (256 MiB)."""
@@ -48,8 +53,12 @@ class StableAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-6,
         weight_decay: float = 0.2,
+        shard_sums: ShardSums | None = None,
     ) -> None:
         """
+        Args:
+            shard_sums: of a model whose parameters are spread over ranks; ``step`` is then collective.
+
         Raises:
             ValueError: a value outside of its range.
         """
@@ -61,6 +70,7 @@ class StableAdamW(torch.optim.Optimizer):
             raise ValueError(f"StableAdamW with eps {eps}: it divides by it, so give a positive --eps")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._update_rms: dict[Tensor, Tensor] = {}
+        self._shard_sums = shard_sums
 
     @property
     def update_rms(self) -> dict[Tensor, Tensor]:
@@ -81,15 +91,48 @@ class StableAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        keeps: dict[torch.device, Tensor] = {}
-        for group in self.param_groups:
-            for chunk in self._chunks(group):
-                device = chunk.parameters[0].device
-                if found_inf is not None and device not in keeps:
-                    keeps[device] = 1 - found_inf.to(device, torch.float32)
-                rms = _update(chunk, group, keep=keeps.get(device), grad_scale=grad_scale)
-                self._update_rms.update(zip(chunk.parameters, rms, strict=True))
+        chunks = (
+            (chunk, group, None if found_inf is None else 1 - found_inf.to(chunk.device, torch.float32))
+            for group in self.param_groups
+            for chunk in self._chunks(group)
+        )
+        if self._shard_sums is None:
+            for chunk, group, keep in chunks:
+                roots = _update_moments(chunk, group, keep=keep, grad_scale=grad_scale)
+                squares = _squared_ratios(chunk, roots, eps=group["eps"])
+                self._update_weights(chunk, squares, roots, group=group, keep=keep)
+        else:
+            self._step_sharded([*chunks], self._shard_sums, grad_scale=grad_scale)
         return loss
+
+    def _step_sharded(
+        self,
+        chunks: Sequence[tuple[_Chunk, dict[str, Any], Tensor | None]],
+        shard_sums: ShardSums,
+        *,
+        grad_scale: Tensor | None,
+    ) -> None:
+        """Moments of all chunks, one exchange, weights of all chunks. The roots in between are computed twice."""
+        own = []
+        for chunk, group, keep in chunks:
+            roots = _update_moments(chunk, group, keep=keep, grad_scale=grad_scale)
+            own.append(_squared_ratios(chunk, roots, eps=group["eps"]))
+        parameters = [parameter for chunk, _, _ in chunks for parameter in chunk.parameters]
+        totals = shard_sums.of_each(own, parameters)  # collective: all ranks
+        for (chunk, group, keep), squares in zip(chunks, totals, strict=True):
+            roots = _roots_of_second_moments(chunk, torch.stack(chunk.steps), beta2=group["betas"][1])
+            self._update_weights(chunk, squares, roots, group=group, keep=keep)
+
+    def _update_weights(
+        self, chunk: _Chunk, squares: Tensor, roots: list[Tensor], *, group: dict[str, Any], keep: Tensor | None
+    ) -> None:
+        sizes = [
+            parameter.numel() if self._shard_sums is None else self._shard_sums.size(parameter)
+            for parameter in chunk.parameters
+        ]
+        rms = torch.stack(torch._foreach_div(list(squares.unbind()), [float(max(1, size)) for size in sizes])).sqrt()
+        _update_weights(chunk, rms, roots, group=group, keep=keep)
+        self._update_rms.update(zip(chunk.parameters, rms.unbind(), strict=True))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads this optimizer's state, or AdamW's, whose step counters may be on the host."""
@@ -137,11 +180,15 @@ class _Chunk(NamedTuple):
     exp_avg_sqs: list[Tensor]
     steps: list[Tensor]
 
+    @property
+    def device(self) -> torch.device:
+        return self.parameters[0].device
 
-def _update(
+
+def _update_moments(
     chunk: _Chunk, group: dict[str, Any], *, keep: Tensor | None, grad_scale: Tensor | None
-) -> tuple[Tensor, ...]:
-    """Updates in place; returns RMS_t of each tensor.
+) -> list[Tensor]:
+    """The first half of an update, in place; returns what ``_roots_of_second_moments`` does.
 
     What is one number per tensor (step, RMS_t, rate) is computed for all T tensors of the chunk as one vector: a kernel
     each would cost more than the update itself. Only where such numbers meet their tensors (three times below) the
@@ -151,7 +198,7 @@ def _update(
         keep: 0-D; 0 turns every factor below into one that changes nothing, exactly.
     """
     parameters, gradients, exp_avgs, exp_avg_sqs, steps = chunk
-    (beta1, beta2), eps = group["betas"], group["eps"]
+    beta1, beta2 = group["betas"]
     if grad_scale is not None:
         torch._foreach_div_(gradients, grad_scale)
     if keep is None:
@@ -166,26 +213,39 @@ def _update(
     torch._foreach_add_(exp_avgs, gradients, alpha=1 - beta1)
     torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, value=1 - beta2)
 
-    step = torch.stack(steps)  # [T]
-    roots = torch._foreach_div(exp_avg_sqs, bias_correction(step, beta2).unbind())  # one kernel per tensor
+    return _roots_of_second_moments(chunk, torch.stack(steps), beta2=beta2)
+
+
+def _roots_of_second_moments(chunk: _Chunk, step: Tensor, *, beta2: float) -> list[Tensor]:
+    """sqrt(v) of each tensor. ``step``: [T]."""
+    roots = torch._foreach_div(chunk.exp_avg_sqs, bias_correction(step, beta2).unbind())  # one kernel per tensor
     torch._foreach_sqrt_(roots)
+    return list(roots)
+
+
+def _squared_ratios(chunk: _Chunk, roots: list[Tensor], *, eps: float) -> Tensor:
+    """Sum over each tensor (or what this rank has of it) of g^2 / max(v, eps^2): [T]."""
     ratios = torch._foreach_clamp_min(roots, eps)
     torch._foreach_reciprocal_(ratios)
-    torch._foreach_mul_(ratios, gradients)  # g / sqrt(max(v, eps^2))
-    rms = torch._foreach_norm(ratios, dtype=torch.float32)
-    torch._foreach_div_(rms, [max(1, parameter.numel()) ** 0.5 for parameter in parameters])
+    torch._foreach_mul_(ratios, chunk.gradients)  # g / sqrt(max(v, eps^2))
+    return torch.stack(torch._foreach_norm(ratios, dtype=torch.float32)).square()
 
-    rate = torch.stack(rms).clamp_min(1.0).reciprocal() * group["lr"]  # eta_t, [T]
+
+def _update_weights(
+    chunk: _Chunk, rms: Tensor, roots: list[Tensor], *, group: dict[str, Any], keep: Tensor | None
+) -> None:
+    """The second half, in place; ``roots`` are used up."""
+    parameters, _, exp_avgs, _, steps = chunk
+    step = torch.stack(steps)  # [T]
+    rate = rms.clamp_min(1.0).reciprocal() * group["lr"]  # eta_t, [T]
     if keep is not None:
         rate *= keep
     if group["weight_decay"]:
         torch._foreach_mul_(parameters, (1 - group["weight_decay"] * rate).unbind())  # one kernel per tensor
-    torch._foreach_add_(roots, eps)
-    torch._foreach_copy_(ratios, exp_avgs)
-    torch._foreach_div_(ratios, roots)
-    torch._foreach_mul_(ratios, (rate / bias_correction(step, beta1)).unbind())  # one kernel per tensor
+    torch._foreach_add_(roots, group["eps"])
+    ratios = torch._foreach_div(exp_avgs, roots)
+    torch._foreach_mul_(ratios, (rate / bias_correction(step, group["betas"][0])).unbind())  # one kernel per tensor
     torch._foreach_sub_(parameters, ratios)
-    return rms
 
 
 def _zero_unless(keep: Tensor, gradients: list[Tensor]) -> None:

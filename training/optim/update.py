@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from training.distributed.sharding import local_parameters, shard_sums
 from training.resilience.guard import StepGuard, StepVerdict
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,9 @@ class Update:
         self._grad_clip_norm = grad_clip_norm
         self._guard = guard
         self._guard_acts = guard is not None and guard.acts
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._parameters = [parameter for parameter in local_parameters(model).values() if parameter.requires_grad]
+        self._in_host_memory = any(parameter.device.type == "cpu" for parameter in self._parameters)
+        self._shard_sums = shard_sums(model)
         self._logit_scale = cast(Tensor, model.logit_scale)
         self._statistics = RunningStatistics(model)
         if self._guard_acts and not skips_on_device(optimizer):
@@ -80,7 +83,7 @@ class Update:
         """
         self._scaler.unscale_(self._optimizer)  # clipping and the norm are about true gradients
         # Reads each gradient once: well below one per cent of a step, and the first thing to look at in a bad run.
-        grad_norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        grad_norm = self._grad_norm()
         verdict = None
         if self._guard is not None:
             verdict = self._guard.judge(  # collective: all ranks
@@ -91,21 +94,35 @@ class Update:
         if verdict is not None and self._guard_acts:
             self._step(verdict)
         else:
+            if self._shard_sums is not None:
+                # This rank's rows may be finite where another's are not.
+                self._share_overflow((~grad_norm.isfinite()).float())
             self._scaler.step(self._optimizer)  # leaves the weights alone if a scaled gradient overflowed
         self._scaler.update()
         with torch.no_grad():
             self._logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)
         return UpdateResult(grad_norm, None if verdict is None else verdict.vitals)
 
+    def _grad_norm(self) -> Tensor:
+        gradients = [(parameter, parameter.grad) for parameter in self._parameters if parameter.grad is not None]
+        if self._shard_sums is not None:
+            return self._shard_sums.norm(gradients)  # collective: all ranks
+        return nn.utils.get_total_norm([gradient for _, gradient in gradients])
+
+    def _share_overflow(self, overflow: Tensor) -> None:
+        if self._scaler.is_enabled():
+            for found in self._scaler._found_inf_per_device(self._optimizer).values():
+                found.copy_(overflow)
+
     def _step(self, verdict: StepVerdict) -> None:
         self._statistics.restore_where(verdict.found_inf)
-        if self._scaler.is_enabled():
-            # What this rank saw is not enough: with another scale than the others it would average other gradients.
-            for found in self._scaler._found_inf_per_device(self._optimizer).values():
-                found.copy_(verdict.gradient_overflow)
+        # What this rank saw is not enough: with another scale than the others it would average other gradients.
+        self._share_overflow(verdict.gradient_overflow)
         if skips_on_device(self._optimizer):
             optimizer = cast(Any, self._optimizer)
-            optimizer.found_inf, optimizer.grad_scale = verdict.found_inf, None
+            # Shards that FSDP keeps in host memory are updated there, by a verdict that must have arrived: host sync.
+            found_inf = verdict.found_inf.cpu() if self._in_host_memory else verdict.found_inf
+            optimizer.found_inf, optimizer.grad_scale = found_inf, None
             try:
                 optimizer.step()
             finally:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
+
+_BLAMED = re.compile(
+    r"hang: ranks? ([\d, .]+?)"
+    r"(?:, or the launcher| (?:is|are) silent| \(process \d+ on \S+\) (?:has made no progress|gave no sign of life))"
+)
+"""The beginning of what the functions below, and the heartbeat's monitor, say of a rank."""
 
 
 class Note(NamedTuple):
@@ -72,6 +79,13 @@ def host_silent(note: Note, *, error: str) -> Verdict:
         f"({error}){_waiting([note])}",
         (0,),
     )
+
+
+def blamed_ranks(text: str) -> tuple[int, ...]:
+    """The ranks that the text of a verdict holds responsible; empty if it blames the network, or is no verdict."""
+    if match := _BLAMED.search(text):
+        return tuple(int(rank) for rank in match[1].split(", ") if rank != "...")
+    return ()
 
 
 def _place(note: Note) -> tuple[int, int, int]:

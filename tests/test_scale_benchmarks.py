@@ -1,0 +1,180 @@
+"""The scale benchmarks: what they count is what the real code does, and the document says what they found."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import scale_all, scale_checkpoints, scale_goodput, scale_lanes, scale_loss, scale_network, scale_report
+from benchmarks.scale_goodput import Plan
+from benchmarks.scale_jobs import BOOSTER, LEGS, NETWORKS, XXLARGE
+from benchmarks.scale_memory import full_size
+from benchmarks.scale_rank import Setting, exchange
+from benchmarks.scale_world import LiveMemory, fake_world
+from training.data.lanes import LanePosition
+from training.data.position import read_position
+from training.distributed.collectives import all_gather_rows, all_reduce_max, all_reduce_sum, gather_objects
+
+DEMO = Setting("demo-vit", 2)
+
+
+def test_a_fake_world_adds_up_ranks_that_hold_the_same():
+    with fake_world(1024, rank=3) as (runtime, log):
+        assert all_reduce_sum(torch.ones(2)).tolist() == [1024, 1024]
+        assert all_reduce_max(torch.ones(2)).tolist() == [1, 1]
+        assert len(all_gather_rows(torch.ones(3, 2))) == 3 * 1024
+        assert gather_objects("here") == ["here"] * runtime.world_size
+    assert [call.num_bytes for call in log.calls[:2]] == [8, 8]
+
+
+def test_memory_is_counted_once_and_until_it_goes():
+    with LiveMemory() as memory:
+        rows = torch.zeros(1000)
+        view = rows[:10]
+        kept = rows + 1
+        del rows
+        assert memory.live == 8000  # the view keeps its storage
+        del view
+        assert (memory.live, memory.peak) == (4000, 8000)
+        del kept
+    assert memory.live == 0
+
+
+def test_a_rank_of_a_thousand_sends_its_gradients_its_features_and_seventeen_numbers():
+    found = exchange(DEMO, world=1024)
+    gradients = 4 * found["parameters"]
+    features = 1024 * DEMO.batch_size * 2 * found["feature_width"] * 4
+    assert found["collectives"]["all_reduce"]["bytes"] == gradients + 4 * 17
+    assert found["collectives"]["all_gather"] == {"calls": 1, "bytes": features}
+    assert found["collectives"]["reduce_scatter"] == {"calls": 1, "bytes": features}
+    assert found["judged_bad"] == 0
+    assert found["changed_parameters"] == found["of_parameters"]
+
+
+def test_twice_the_ranks_send_no_more_than_twice_the_bytes():
+    few, many = (exchange(DEMO, world=world)["collectives"] for world in (256, 512))
+    assert {kind: found["calls"] for kind, found in few.items()} == {
+        kind: found["calls"] for kind, found in many.items()
+    }
+    assert few["all_reduce"] == many["all_reduce"]
+    assert many["all_gather"]["bytes"] == 2 * few["all_gather"]["bytes"]
+
+
+def test_a_step_at_full_size_takes_no_memory_here():
+    found = full_size(Setting("demo-vit", 8192, precision="amp_bf16"), world=1024)
+    assert found["optimizer_bytes"] == pytest.approx(2 * found["weights_bytes"], rel=1e-3)
+    assert found["step_bytes"] > 50e9
+
+
+def test_the_local_loss_grows_with_the_world_and_the_other_with_its_square():
+    growth = {
+        name: scale_loss.count_bytes(name, 16, 8, world=512) / scale_loss.count_bytes(name, 16, 8, world=256)
+        for name in ("CLIP, --local-loss", "CLIP, all rows on every rank")
+    }
+    assert growth["CLIP, --local-loss"] == pytest.approx(2, rel=0.1)
+    assert growth["CLIP, all rows on every rank"] == pytest.approx(4, rel=0.1)
+
+
+def test_every_sample_of_an_epoch_is_seen_once_by_shrinking_and_growing_jobs():
+    found = scale_lanes.account(shards=2000, mean_samples=4, scale=64)
+    assert [leg["ranks"] for leg in found["legs"]] == [gpus // 64 for gpus, _ in LEGS]
+    assert found["seen_once"] == found["samples"]
+    assert found["next_epochs_seen_more_often"] == 0
+    assert found["consumed"] == found["counted"]
+    assert found["loader_deals_anew_equally"]
+
+
+def test_samples_that_a_job_forgets_are_noticed(monkeypatch):
+    saved = []
+
+    def forgetful(tensors, facts):
+        saved.append(facts)
+        position = read_position(tensors, facts)
+        if len(saved) > 1:
+            return position
+        lanes = [LanePosition(place.turn + 1) if lane == 5 else place for lane, place in enumerate(position.lanes)]
+        return replace(position, lanes=lanes)
+
+    monkeypatch.setattr(scale_lanes, "read_position", forgetful)
+    found = scale_lanes.account(shards=2000, mean_samples=4, scale=64)
+    assert 0 < found["seen_never"] <= 5
+
+
+def test_worlds_that_divide_lanes_and_batch_see_the_same_global_batches():
+    found = scale_lanes.compare(17_408, shards=1000, scale=64)
+    assert list(found["worlds"]) == ["1024", "512", "1088"]
+    assert scale_lanes._all_equal(found["worlds"])
+
+
+def test_files_of_a_checkpoint_are_few_and_even():
+    plans = scale_checkpoints.plan("ViT-B-32", 1024)["plans"]
+    assert plans["DDP"]["writers"] == 4
+    assert plans["DDP"]["least_of_largest"] > 0.95
+    assert plans["FSDP"]["writers"] == 1024
+
+
+def test_the_lanes_of_a_job_are_a_megabyte():
+    found = scale_checkpoints.measure_lanes(1024, shards=XXLARGE.num_shards)
+    assert found["lanes"] == 48 * 1024
+    assert found["tensor_bytes"] == 20 * found["lanes"]
+
+
+def test_simulated_goodput_agrees_with_the_formula():
+    plan = Plan(interval_s=1800, stall_s=20, write_s=60, restart_s=400)
+    runs = [scale_goodput.simulate(plan, mttf_s=8 * 3600, span_s=90 * 86400, seed=seed) for seed in range(60)]
+    exact = scale_goodput.formula(plan, mttf_s=8 * 3600)
+    assert np.mean(runs) == pytest.approx(exact, abs=5 * np.std(runs) / math.sqrt(len(runs)) + 2e-3)
+
+
+def test_the_best_interval_is_near_young_and_dalys():
+    best = scale_goodput.young_daly(20, 8 * 3600)
+    goodput = [
+        scale_goodput.formula(Plan(factor * best, 20, 0, 400), mttf_s=8 * 3600) for factor in (0.5, 0.7, 1, 1.4, 2)
+    ]
+    assert max(goodput) == goodput[2]
+
+
+def test_an_exchange_takes_as_long_as_the_adapters_of_a_node():
+    gigabyte_s = scale_network.all_reduce_s(1e9, BOOSTER, nodes=256, messages=0)
+    assert gigabyte_s == pytest.approx(2 / 80, rel=0.01)  # 800 Gbit/s at 80 %, both ways
+    slower = [scale_network.gather_s(1e9, network, nodes=128, messages=1) for network in NETWORKS]
+    assert slower == sorted(slower)
+
+
+def test_missing_results_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"scale_rank.json is not there: run python -m benchmarks.scale_rank"):
+        scale_report.load("scale_rank", tmp_path)
+
+
+def test_a_table_without_a_place_is_refused():
+    text = "<!-- table one -->\nold\n<!-- end -->\n"
+    assert scale_report.fill(text, {"one": "new\n"}) == "<!-- table one -->\nnew\n<!-- end -->\n"
+    with pytest.raises(ValueError, match="tables and places in the document differ: two"):
+        scale_report.fill(text, {"one": "new\n", "two": "new\n"})
+
+
+def test_the_document_holds_the_tables_of_the_results():
+    text = scale_report.DOCUMENT.read_text()
+    assert scale_report.fill(text, scale_all.all_tables()) == text
+
+
+def test_results_say_what_they_were_made_with():
+    for name in scale_all.BENCHMARKS:
+        run = scale_report.load(name)["run"]
+        assert run["command"] == f"python -m benchmarks.{name}"
+        assert run["commit"]
+        assert not run["uncommitted_changes"]
+
+
+def test_a_benchmark_writes_its_result_and_prints_its_tables(tmp_path, capsys):
+    out = tmp_path / "result.json"
+    scale_report.run_benchmark(
+        "scale_goodput", scale_goodput.measure, scale_goodput.tables, ["--small", f"--out={out}"]
+    )
+    assert json.loads(out.read_text())["benchmark"] == "scale_goodput"
+    assert "| every 10 min |" in capsys.readouterr().out
