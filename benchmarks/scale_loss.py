@@ -1,31 +1,65 @@
-"""Memory of the loss alone, on one rank of 1,024: counted from the real code, beside the formula of a tiled one.
+"""Memory of the loss alone, on one rank of 1,024: counted from the real code, beside losses that store their logits.
 
     python -m benchmarks.scale_loss
 
 Counted with tensors that have shapes and no memory (scale_world.LiveMemory): features in, loss and backward, peak of
-all that exists beside the features and their gradients. A tiled CLIP loss does not exist in this repository yet: its
-column is a formula.
+all that exists beside the features and their gradients. The stored forms are OpenCLIP's two ways to compute the softmax
+loss, written out here for comparison; nothing trains with them.
+
+Legend: B rank batch, G global batch, E embedding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from benchmarks.scale_jobs import LOCAL_BATCHES
 from benchmarks.scale_rank import LOSSES, WORLD
 from benchmarks.scale_report import Result, Tables, num_bytes, run_benchmark, table
 from benchmarks.scale_world import LiveMemory, fake_world
 from models.config import load_model_config
-from training.losses.build import build_loss
-from training.losses.siglip_loss import CHUNK_COLUMNS
+from training.distributed.collectives import all_gather_with_grad, rank
+from training.losses import Loss, build_loss
+from training.losses.tiles import TILE_ELEMENTS
 
 NAME = "scale_loss"
-_FLOAT = 4
-_TILES = 3
-"""[b, C] matrices that exist at once while a tile is computed: logits, their exponentials, their gradient."""
+
+
+def stored_softmax(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None, *, all_rows: bool
+) -> Tensor:
+    """The softmax loss with its logits in memory, both towers' features gathered.
+
+    Args:
+        all_rows: every rank computes the whole of both problems, as OpenCLIP does without --local-loss.
+
+    Source: ClipLoss of open_clip 3.3.0, with --gather-with-grad.
+    """
+    all_images, all_texts = all_gather_with_grad(image_features), all_gather_with_grad(text_features)  # [G, E]
+    if all_rows:
+        by_image = logit_scale * all_images @ all_texts.T  # [G, E] x [E, G] -> [G, G]
+        by_text = by_image.T
+        labels = torch.arange(len(all_images))
+    else:
+        by_image = logit_scale * image_features @ all_texts.T  # [B, E] x [E, G] -> [B, G]
+        by_text = logit_scale * text_features @ all_images.T
+        labels = torch.arange(len(image_features)) + rank() * len(image_features)
+    return (F.cross_entropy(by_image, labels) + F.cross_entropy(by_text, labels)) / 2
+
+
+FORMS: Mapping[str, Loss] = {
+    **{name: build_loss(config) for name, config in LOSSES.items()},
+    "softmax, stored logits of local rows": partial(stored_softmax, all_rows=False),
+    "softmax, stored logits of all rows": partial(stored_softmax, all_rows=True),
+}
+"""What is counted, in the order of the table's columns."""
 
 
 def measure(*, small: bool = False) -> Result:
@@ -40,35 +74,22 @@ def measure(*, small: bool = False) -> Result:
             "batch_size": batch_size,
             "width": width,
             "global_batch": world * batch_size,
-            "counted": {name: count_bytes(name, batch_size, width, world=world) for name in LOSSES},
-            "tiled_formula": tiled_bytes(batch_size, width, world=world),
+            "counted": {name: count_bytes(name, batch_size, width, world=world) for name in FORMS},
         }
         rows.append(row)
-    return {"world": world, "tile_columns": CHUNK_COLUMNS, "rows": rows}
+    return {"world": world, "tile_elements": TILE_ELEMENTS, "rows": rows}
 
 
-def count_bytes(loss: str, batch_size: int, width: int, *, world: int) -> int:
+def count_bytes(form: str, batch_size: int, width: int, *, world: int) -> int:
     """Peak beside what goes in and its gradient."""
     memory = LiveMemory()
     with fake_world(world, rank=5), FakeTensorMode(), memory:
         images, texts = (torch.empty(batch_size, width, requires_grad=True) for _ in range(2))
-        scale = torch.empty((), requires_grad=True)
-        bias = torch.empty((), requires_grad=True) if LOSSES[loss].siglip else None
+        scale, bias = (torch.empty((), requires_grad=True) for _ in range(2))
         start = memory.live
         memory.peak = start
-        build_loss(LOSSES[loss])(images, texts, scale, bias).backward()
+        FORMS[form](images, texts, scale, bias).backward()
         return memory.peak - 2 * start
-
-
-def tiled_bytes(batch_size: int, width: int, *, world: int, columns: int = CHUNK_COLUMNS) -> int:
-    """NOT BUILT: texts of all ranks, the sum of their gradients, and a few matrices of b x C, in fp32.
-
-    The image features stay where they are; of the columns only [G] sums travel. Source: Cheng et al. 2024 (Inf-CL).
-    """
-    global_batch = world * batch_size
-    gathered = global_batch * width
-    tiles = _TILES * batch_size * min(columns, global_batch)
-    return _FLOAT * (2 * gathered + tiles + 4 * global_batch)
 
 
 def tables(result: Result) -> Tables:
@@ -78,13 +99,11 @@ def tables(result: Result) -> Tables:
             row["model"],
             row["batch_size"],
             f"{row['global_batch']:,}",
-            *(num_bytes(row["counted"][name]) for name in LOSSES),
-            num_bytes(row["tiled_formula"]),
+            *(num_bytes(row["counted"][name]) for name in FORMS),
         ]
         for row in result["rows"]
     ]
-    header = ["model", "b", "global batch", *LOSSES, "CLIP, tiled: formula, not built"]
-    return {"loss_memory": table(header, body)}
+    return {"loss_memory": table(["model", "b", "global batch", *FORMS], body)}
 
 
 if __name__ == "__main__":

@@ -44,8 +44,10 @@ class Traffic(NamedTuple):
     """One copy in bf16, as FSDP gathers it."""
     padded_share: float
     """FSDP over all ranks cuts rows: a tensor of fewer rows than ranks is sent as if it had as many."""
-    features: int
-    """fp32, of both towers and all ranks; gathered forward, reduce-scattered backward."""
+    texts: int
+    """fp32 features of all ranks' texts; gathered forward, their gradients reduce-scattered backward."""
+    normalisers: int
+    """Of CLIP's softmax over images: for every text a maximum and a sum, one all-reduce each. SigLIP has none."""
     vitals: int
 
 
@@ -74,7 +76,8 @@ def measure_model(model: str, batch_size: int) -> dict[str, Any]:
         gradients=4 * facts.parameters,
         weights_half=2 * facts.parameters,
         padded_share=padded_elements(plain, WORLD) / facts.parameters,
-        features=WORLD * batch_size * 2 * facts.embed_dim * 4,
+        texts=WORLD * batch_size * facts.embed_dim * 4,
+        normalisers=WORLD * batch_size * 2 * 4,
         vitals=_VITALS_BYTES,
     )
     train_flops = 3 * 2 * facts.gmac * 1e9 * batch_size
@@ -104,17 +107,20 @@ def network_times(traffic: Traffic, network: Network, *, blocks: int, compute_s:
     ddp_s = all_reduce_s(traffic.gradients, network, nodes=nodes, messages=-(-traffic.gradients // _BUCKET_BYTES))
     volume = traffic.padded_share * (2 * traffic.weights_half + traffic.gradients)
     fsdp_s = gather_s(volume, network, nodes=nodes, messages=3 * blocks)
-    features_s = 2 * gather_s(traffic.features, network, nodes=nodes, messages=1)
+    texts_s = 2 * gather_s(traffic.texts, network, nodes=nodes, messages=1)
+    normalisers_s = all_reduce_s(traffic.normalisers, network, nodes=nodes, messages=2)
+    loss_s = texts_s + normalisers_s
     vitals_s = 2 * math.log2(nodes) * HOP_S
     hidden_s = _BACKWARD_SHARE * compute_s
     return {
         "ddp_s": ddp_s,
         "fsdp_s": fsdp_s,
         "hsdp_s": _hsdp_s(traffic, network, nodes=nodes, blocks=blocks),
-        "features_s": features_s,
+        "texts_s": texts_s,
+        "normalisers_s": normalisers_s,
         "vitals_s": vitals_s,
-        "exposed_s": max(0.0, ddp_s - hidden_s) + features_s + vitals_s,
-        "exposed_fsdp_s": max(0.0, fsdp_s - compute_s) + features_s + vitals_s,
+        "exposed_s": max(0.0, ddp_s - hidden_s) + loss_s + vitals_s,
+        "exposed_fsdp_s": max(0.0, fsdp_s - compute_s) + loss_s + vitals_s,
     }
 
 
@@ -168,13 +174,13 @@ def _bytes_table(result: Result) -> str:
                 num_bytes(traffic["gradients"]),
                 num_bytes(sharded),
                 num_bytes(padded),
-                num_bytes(traffic["features"]),
-                num_bytes(traffic["features"] / 2),
+                num_bytes(traffic["texts"]),
+                num_bytes(traffic["normalisers"]),
                 f"{traffic['vitals']} B",
             ]
         )
     header = ["model", "parameters", "b", "DDP: gradients", "HSDP: weights twice, gradients", "FSDP: padded"]
-    return table([*header, "CLIP: features, each way", "SigLIP", "guard"], body)
+    return table([*header, "loss: texts, each way", "CLIP: normalisers", "guard"], body)
 
 
 def _times_table(result: Result) -> str:
@@ -186,13 +192,13 @@ def _times_table(result: Result) -> str:
                     row["model"],
                     network,
                     seconds(row["compute_s"]),
-                    *(seconds(times[name]) for name in ("ddp_s", "hsdp_s", "fsdp_s", "features_s")),
+                    *(seconds(times[name]) for name in ("ddp_s", "hsdp_s", "fsdp_s", "texts_s", "normalisers_s")),
                     seconds(times["exposed_s"]),
                     f"{100 * times['exposed_s'] / (times['exposed_s'] + row['compute_s']):.0f} %",
                 ]
             )
     header = ["model", "network", f"compute at {100 * result['assumed']['mfu']:.0f} % MFU", "DDP", "HSDP-8", "FSDP"]
-    return table([*header, "features, both ways", "exposed with DDP", "of the step"], body)
+    return table([*header, "texts, both ways", "normalisers", "exposed with DDP", "of the step"], body)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,7 @@ NAME = "scale_rank"
 WORLD = 1024
 OPTIMIZER = OptimConfig(lr=1e-3, beta1=0.9, beta2=0.98, eps=1e-6, grad_clip_norm=5.0)
 LOSSES = {
-    "CLIP, --local-loss": LossConfig(local_loss=True, gather_with_grad=True),
-    "CLIP, all rows on every rank": LossConfig(gather_with_grad=True),
+    "CLIP": LossConfig(local_loss=True, gather_with_grad=True),
     "SigLIP": LossConfig(siglip=True),
 }
 
@@ -46,7 +45,7 @@ class Setting(NamedTuple):
 
     model: str
     batch_size: int
-    loss: str = "CLIP, --local-loss"
+    loss: str = "CLIP"
     grad_checkpointing: bool = False
     micro_batches: int = 1
     shard_ranks: int | None = None
@@ -189,7 +188,7 @@ def _growth_table(rows: Sequence[dict[str, Any]]) -> str:
         gathered = found["all_gather"]["bytes"] + found["reduce_scatter"]["bytes"]
         body.append([f"{row['world']:,}", calls, num_bytes(found["all_reduce"]["bytes"]), num_bytes(gathered)])
     return table(
-        ["ranks", "collectives per step", "bytes of all-reduces", "bytes of gathered features, both ways"], body
+        ["ranks", "collectives per step", "bytes of all-reduces", "bytes of gathered texts, both ways"], body
     )
 
 

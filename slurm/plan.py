@@ -20,10 +20,14 @@ _GIB = 2**30
 _LANE_BYTES = 20
 _FRAMEWORK_GIB = 2.0
 """Context of CUDA, libraries and NCCL's buffers on one GPU."""
-_LOGIT_BYTES = 20
-"""Per pair of the loss: fp32 logits of both directions that are kept (8), and what is alive while one is made (12)."""
-_FEATURE_BYTES = 16
-"""Per number of the gathered features: fp32, of both towers, with their gradients."""
+_TEXT_BYTES = 8
+"""Per number of the gathered text features: fp32, and its gradient."""
+_NORMALISER_BYTES = 16
+"""Per text of the global batch: what the softmax over all images is made of."""
+_TILES = 4
+"""Of the loss, that exist at once: logits, their gradients, and what lies between."""
+_TILE_BYTES = 4 * 2**23
+"""fp32; training/losses/tiles.py has the size."""
 NODE_HOURS_PER_FAILURE = 1024.0
 """A failure every 8 hours on 128 nodes of 8 GPUs; fewer nodes fail less often in proportion."""
 _STALL_S_PER_GB = 0.25
@@ -397,11 +401,10 @@ def _gathered_bytes(config: Config, facts: ModelFacts, *, per_number: int) -> fl
 
 
 def _loss_bytes(config: Config, facts: ModelFacts, global_batch: int) -> float:
-    batch = config.data.batch_size
-    if config.loss.siglip:  # chunk by chunk of the other ranks' texts
-        return _LOGIT_BYTES * batch * batch + 2 * _FEATURE_BYTES * batch * facts.embed_dim
-    rows = batch * config.engine.accum_freq if config.loss.local_loss else global_batch
-    return _LOGIT_BYTES * rows * global_batch + _FEATURE_BYTES * global_batch * facts.embed_dim
+    """The same for both losses: all texts, and a few tiles of the logits of the rank's own images."""
+    rows = config.data.batch_size * config.engine.accum_freq
+    tiles = _TILES * min(_TILE_BYTES, 4 * rows * global_batch)
+    return (_TEXT_BYTES * facts.embed_dim + _NORMALISER_BYTES) * global_batch + tiles
 
 
 def _memory_remarks(config: Config, memory: Memory, assumptions: Assumptions) -> list[str]:

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import scale_all, scale_checkpoints, scale_goodput, scale_lanes, scale_loss, scale_network, scale_report
+from benchmarks import (
+    scale_all,
+    scale_checkpoints,
+    scale_goodput,
+    scale_lanes,
+    scale_loss,
+    scale_network,
+    scale_rank,
+    scale_report,
+)
 from benchmarks.scale_goodput import Plan
 from benchmarks.scale_jobs import BOOSTER, LEGS, NETWORKS, XXLARGE
 from benchmarks.scale_memory import full_size
@@ -19,6 +28,7 @@ from benchmarks.scale_world import LiveMemory, fake_world
 from training.data.lanes import LanePosition
 from training.data.position import read_position
 from training.distributed.collectives import all_gather_rows, all_reduce_max, all_reduce_sum, gather_objects
+from training.losses.tiles import TILE_ELEMENTS
 
 DEMO = Setting("demo-vit", 2)
 
@@ -45,13 +55,14 @@ def test_memory_is_counted_once_and_until_it_goes():
     assert memory.live == 0
 
 
-def test_a_rank_of_a_thousand_sends_its_gradients_its_features_and_seventeen_numbers():
+def test_a_rank_of_a_thousand_sends_gradients_texts_normalisers_and_seventeen_numbers():
     found = exchange(DEMO, world=1024)
     gradients = 4 * found["parameters"]
-    features = 1024 * DEMO.batch_size * 2 * found["feature_width"] * 4
-    assert found["collectives"]["all_reduce"]["bytes"] == gradients + 4 * 17
-    assert found["collectives"]["all_gather"] == {"calls": 1, "bytes": features}
-    assert found["collectives"]["reduce_scatter"] == {"calls": 1, "bytes": features}
+    texts = 1024 * DEMO.batch_size * found["feature_width"] * 4
+    normalisers = 2 * 4 * 1024 * DEMO.batch_size
+    assert found["collectives"]["all_reduce"]["bytes"] == gradients + normalisers + 4 * 17
+    assert found["collectives"]["all_gather"] == {"calls": 1, "bytes": texts}
+    assert found["collectives"]["reduce_scatter"] == {"calls": 1, "bytes": texts}
     assert found["judged_bad"] == 0
     assert found["changed_parameters"] == found["of_parameters"]
 
@@ -61,23 +72,37 @@ def test_twice_the_ranks_send_no_more_than_twice_the_bytes():
     assert {kind: found["calls"] for kind, found in few.items()} == {
         kind: found["calls"] for kind, found in many.items()
     }
-    assert few["all_reduce"] == many["all_reduce"]
+    assert many["all_reduce"]["bytes"] - few["all_reduce"]["bytes"] == 2 * 4 * 256 * DEMO.batch_size
     assert many["all_gather"]["bytes"] == 2 * few["all_gather"]["bytes"]
 
 
 def test_a_step_at_full_size_takes_no_memory_here():
     found = full_size(Setting("demo-vit", 8192, precision="amp_bf16"), world=1024)
     assert found["optimizer_bytes"] == pytest.approx(2 * found["weights_bytes"], rel=1e-3)
-    assert found["step_bytes"] > 50e9
+    all_texts = 4 * 1024 * 8192 * 128
+    assert found["step_bytes"] > 2 * all_texts  # and their gradients
 
 
-def test_the_local_loss_grows_with_the_world_and_the_other_with_its_square():
-    growth = {
-        name: scale_loss.count_bytes(name, 16, 8, world=512) / scale_loss.count_bytes(name, 16, 8, world=256)
-        for name in ("CLIP, --local-loss", "CLIP, all rows on every rank")
-    }
-    assert growth["CLIP, --local-loss"] == pytest.approx(2, rel=0.1)
-    assert growth["CLIP, all rows on every rank"] == pytest.approx(4, rel=0.1)
+def test_tiled_losses_hold_the_texts_and_stored_ones_grow_with_the_square_of_the_batch():
+    def growth(form):
+        few, many = (scale_loss.count_bytes(form, 1024, 8, world=world) for world in (64, 128))
+        return few, many / few
+
+    for name in scale_rank.LOSSES:
+        assert growth(name)[0] < 6 * 4 * TILE_ELEMENTS
+    local, local_growth = growth("softmax, stored logits of local rows")
+    assert local > 2 * 4 * 1024 * 64 * 1024
+    assert local_growth == pytest.approx(2, rel=0.1)
+    assert growth("softmax, stored logits of all rows")[1] == pytest.approx(4, rel=0.1)
+
+
+@pytest.mark.parametrize("all_rows", [False, True])
+def test_the_loss_of_stored_logits_is_the_tiled_one(all_rows):
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (torch.nn.functional.normalize(torch.randn(8, 4, generator=generator)) for _ in range(2))
+    inputs = images, texts, torch.tensor(20.0), None
+    stored = scale_loss.stored_softmax(*inputs, all_rows=all_rows)
+    assert stored.item() == pytest.approx(scale_loss.FORMS["CLIP"](*inputs).item(), rel=1e-5)
 
 
 def test_every_sample_of_an_epoch_is_seen_once_by_shrinking_and_growing_jobs():

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.scale_loss import count_bytes
 from models.config import PreprocessConfig, list_models
 from slurm.data_facts import DataFacts, read_data_facts
 from slurm.model_facts import FACTS_PATH, FoundFacts, find_facts
-from slurm.plan import Assumptions, JobShape, Plan, choose_signal, make_plan, plan_checkpoints
+from slurm.plan import _TILE_BYTES, Assumptions, JobShape, Plan, choose_signal, make_plan, plan_checkpoints
 from tests.factories import write_csv, write_shards
 from training.cli import load_config, parse_args
-from training.config import Config, ModelConfig
+from training.config import Config, LossConfig, ModelConfig
 from training.data import build
 from training.data.epoch import train_data_type
+from training.losses.tiles import TILE_ELEMENTS
 
 RUNS = Path(__file__).resolve().parents[2] / "configs" / "runs"
 DAY = 24 * 3600
@@ -162,14 +164,22 @@ def test_locked_towers_need_no_gradients_and_no_moments():
     assert locked.moments < 0.01
 
 
-def test_checkpointing_and_the_local_loss_save_what_they_promise():
-    config = xxlarge(grad_checkpointing=False)
-    whole = plan_of(replace(config, loss=replace(config.loss, local_loss=False)), gpu="b200").memory
-    local = plan_of(xxlarge()).memory
+def test_checkpointing_saves_what_it_promises():
+    whole, less = (plan_of(xxlarge(grad_checkpointing=on), gpu="b200").memory for on in (False, True))
     assert whole is not None
-    assert local is not None
-    assert whole.activations > 3 * local.activations
-    assert whole.loss > 50 * local.loss
+    assert less is not None
+    assert whole.activations > 3 * less.activations
+    assert whole.loss == less.loss
+
+
+@pytest.mark.parametrize("siglip", [False, True])
+def test_the_loss_takes_what_its_code_is_counted_to_take(siglip):
+    config = xxlarge()
+    memory = plan_of(replace(config, loss=LossConfig(siglip=siglip, local_loss=not siglip))).memory
+    assert memory is not None
+    counted = count_bytes("SigLIP" if siglip else "CLIP", 80, 1024, world=1024) / 2**30
+    assert counted < memory.loss < 1.2 * counted
+    assert _TILE_BYTES == 4 * TILE_ELEMENTS
 
 
 @pytest.mark.parametrize("flags", [["--precision=fp32"], ["--precision=pure_bf16"], ["--siglip", "--fsdp"]])
