@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from dataclasses import replace
@@ -94,6 +95,20 @@ def test_tiled_losses_hold_the_texts_and_stored_ones_grow_with_the_square_of_the
     assert local > 2 * 4 * 1024 * 64 * 1024
     assert local_growth == pytest.approx(2, rel=0.1)
     assert growth("softmax, stored logits of all rows")[1] == pytest.approx(4, rel=0.1)
+
+
+@pytest.mark.parametrize("form", scale_rank.LOSSES)
+def test_a_loss_leaves_nothing_for_the_garbage_collector(form):
+    gc.collect()
+    gc.disable()
+    try:
+        with fake_world(64), LiveMemory() as memory:
+            images, texts, scale, bias = (torch.ones(shape, requires_grad=True) for shape in ((4, 8), (4, 8), (), ()))
+            loss = scale_loss.FORMS[form](images, texts, scale, bias)
+            loss.backward()
+            assert memory.live < 4 * 64 * 4 * 8  # not even while the loss is held: less than all texts
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("all_rows", [False, True])

@@ -38,11 +38,12 @@ def all_gather_with_grad(rows: Tensor) -> Tensor:
 
 
 class GatheredRows:
-    """Rows of all ranks on their way here: other work may be done until ``wait``. Made by ``gather_rows``."""
+    """Rows of all ranks on their way here: other work may be done until ``wait``. Made by ``gather_rows``.
+
+    It does not hold the rows: their graph holds it, and in such a circle they would live until Python looks for some.
+    """
 
     def __init__(self) -> None:
-        self.rows: Tensor
-        """[G, ...] in rank order; to be read after ``wait``. It has a gradient: give it once, by ``begin_return``."""
         self._coming: dist.Work | None = None
         self._going: tuple[Tensor, dist.Work] | None = None
 
@@ -56,8 +57,8 @@ class GatheredRows:
         """Starts to bring each rank the sum of all ranks' gradients for its rows. Call it in the backward pass.
 
         Args:
-            gradient: [G, ...] with respect to ``rows``; the same tensor is then returned to autograd, and must not
-                be changed any more.
+            gradient: [G, ...] with respect to the gathered rows; the same tensor is then returned to autograd, and
+                must not be changed any more.
         """
         if world_size() > 1:
             mine = gradient.new_empty((len(gradient) // world_size(), *gradient.shape[1:]))
@@ -65,15 +66,20 @@ class GatheredRows:
             self._going = (mine, cast(dist.Work, work))
 
 
-def gather_rows(rows: Tensor) -> GatheredRows:
+def gather_rows(rows: Tensor) -> tuple[Tensor, GatheredRows]:
     """Starts to gather rows of all ranks, [B, E] -> [G, E]; B must be equal on all ranks.
 
     Like ``all_gather_with_grad``, but neither pass waits for the network before it must: the backward pass of ``rows``
     begins with waiting for what ``begin_return`` has sent.
+
+    Returns:
+        [G, ...] in rank order, to be read after ``wait``, with a gradient that is given once, by ``begin_return``; and
+        what has these two methods.
     """
     gathered = GatheredRows()
-    gathered.rows = rows if world_size() == 1 else _GatherRowsAhead.apply(rows, gathered)
-    return gathered
+    if world_size() == 1:
+        return rows, gathered
+    return cast(Tensor, _GatherRowsAhead.apply(rows, gathered)), gathered
 
 
 def all_reduce_log_sum_exp(values: Tensor) -> Tensor:

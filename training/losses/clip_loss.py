@@ -43,15 +43,15 @@ class ClipLoss:
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None
     ) -> Tensor:
         with no_autocast(image_features):
-            texts = gather_rows(at_least_float32(text_features))
+            texts, gathered = gather_rows(at_least_float32(text_features))
             loss: Tensor = _TiledSoftmax.apply(
                 at_least_float32(image_features),
-                texts.rows,
+                texts,
                 at_least_float32(logit_scale),
                 # A softmax does not see a bias, but a model that has one needs it in the graph: DDP waits for its
                 # gradient, which is zero.
                 None if logit_bias is None else at_least_float32(logit_bias),
-                texts,
+                gathered,
                 self.tile_elements,
             )
         return loss

@@ -36,11 +36,11 @@ class SiglipLoss:
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None
     ) -> Tensor:
         with no_autocast(image_features):
-            texts = gather_rows(at_least_float32(text_features))
+            texts, gathered = gather_rows(at_least_float32(text_features))
             scale = at_least_float32(logit_scale)
             bias = torch.zeros_like(scale) if logit_bias is None else at_least_float32(logit_bias)
             images = at_least_float32(image_features)
-            loss: Tensor = _TiledSigmoid.apply(images, texts.rows, scale, bias, texts, self.tile_elements)
+            loss: Tensor = _TiledSigmoid.apply(images, texts, scale, bias, gathered, self.tile_elements)
         return loss
 
 
