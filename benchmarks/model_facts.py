@@ -6,6 +6,8 @@
 ``clipyard submit`` plans from this file, because a login node need not have torch. Activations are what autograd keeps
 for the backward pass under bf16 autocast, counted by hooks on tensors without memory. Two batch sizes are compared, so
 that what does not grow with the batch (weights cast to bf16) drops out. What kernels need in between is not counted.
+Captions are as long as the context and last blocks count in full, also where training computes less of them: up to one
+block too much.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.clip import Clip
 from models.config import ClipConfig, list_models, load_model_config
 from models.factory import build_model
+from models.transformer import Transformer
 
 FACTS = Path(__file__).resolve().parent.parent / "slurm" / "model_facts.json"
 # Not so small that a kernel is chosen which larger batches would not use.
@@ -118,6 +121,9 @@ def model_facts(name: str) -> dict[str, Any]:
     if config.text_cfg.hf_model_name is not None:
         raise ValueError(f"the text tower {config.text_cfg.hf_model_name} cannot run without memory")
     model = build_model(config, device="meta")
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.whole_last_block = True
     image_macs, text_macs = _count_macs(model.eval(), config)
     blocks = [*model.image_blocks, *model.text_blocks]
     image, text = _count_activations(model.train(), config)
