@@ -13,7 +13,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
     os.environ.pop(_name, None)
 
-# A shell ignores Ctrl-C on behalf of what it starts in the background, and programs that tests start would inherit that.
+# A shell ignores Ctrl-C on behalf of what it starts in the background, and what tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
