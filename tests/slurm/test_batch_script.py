@@ -194,6 +194,14 @@ def test_a_checkpoint_or_a_preemption_is_no_fruitless_time_limit(tmp_path: Path,
     assert not (night.run / "slurm/fruitless.7").exists()
 
 
+def test_a_cancel_in_the_preflight_is_no_time_limit(tmp_path: Path) -> None:
+    night = Night(tmp_path, preflight=True)
+    code, log = night.start(0, facts="JobState=CANCELLED", act=LATE)
+    assert "but the job was cancelled" in log
+    assert code != 0
+    assert not (night.run / "slurm/fruitless.7").exists()
+
+
 def test_a_sentinel_above_the_start_is_progress(tmp_path: Path) -> None:
     night = Night(tmp_path)
     _save(night, 9)
