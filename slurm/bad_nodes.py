@@ -26,8 +26,11 @@ from training.resilience.hang import blamed_ranks
 
 BAD_NODES_FILE = "bad_nodes.jsonl"
 VALID = timedelta(hours=24)
-_USABLE_STATES = {"alloc", "allocated", "comp", "completing", "idle", "mix", "mixed", "resv", "reserved"}
-"""Of a node that is there, whoever uses it now. SLURM marks those that are not by another word or a ``*``."""
+_USABLE_STATES = {"alloc", "allocated", "comp", "completing", "idle", "mix", "mixed", "planned", "resv", "reserved"}
+"""Of a node that is there, whoever uses it now."""
+_USABLE_MARKS = "~#%!+-^@"
+"""Powered down until a job needs it, on its way up or down, promised to another job, to be rebooted. Not ``*``, which
+does not respond, and not ``$``, which is reserved for maintenance. Source: sinfo(1), NODE STATE CODES."""
 _HARDWARE = re.compile(
     r"uncorrectable (?:NVLink|ECC)|GPU is lost|fallen off the bus|device\(s\) is/are busy or unavailable|"
     r"no CUDA-capable device|hardware error|Bus error",
@@ -190,7 +193,7 @@ def usable_nodes(partition: str) -> set[str] | None:
         shown = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return {node for node, state in map(str.split, shown.splitlines()) if state in _USABLE_STATES}
+    return {node for node, state in map(str.split, shown.splitlines()) if state.rstrip(_USABLE_MARKS) in _USABLE_STATES}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -42,7 +42,7 @@ class BatchJob:
     setup: tuple[str, ...] = ()
     """Shell lines before anything of ours runs: modules, ``source .../activate``."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables of the user; they win over the site's."""
+    """Variables of the user; they win over the site's. PYTHONPATH follows the snapshot of the code."""
     trainer_flags: tuple[str, ...] = ()
     """Beside ``--config RUN/submit.yaml --resume latest``, which the script gives itself."""
     signal_before_s: int = 300
@@ -58,7 +58,8 @@ class BatchJob:
     about two minutes, so it should be longer."""
     preflight: bool = True
     """Whether ``clipyard doctor`` looks at the nodes before training."""
-    preflight_flags: tuple[str, ...] = ("--quick",)
+    preflight_flags: tuple[str, ...] = ("--quick", "--arrival-limit", "300")
+    """A thousand ranks that read torch from one file system, none of it cached, take minutes to appear."""
     array: str | None = None
     """As for sbatch. Each task is a run of its own: NAME-TASK with ``--seed TASK``, beside the run directory."""
     dependency: str | None = None
@@ -156,7 +157,7 @@ def _variables(job: BatchJob, site: Site) -> list[str]:
         'trainer=("$python" -u -m training.main --config "$run/submit.yaml" --resume latest '
         f"{shlex.join(job.trainer_flags)})".replace(" )", ")"),
     ]
-    look = '"$python" -u -m training.commands.main doctor --slurm --run "$run" --config "$run/submit.yaml" '
+    look = '"$python" -u -m training.commands.main doctor --slurm --config "$run/submit.yaml" '
     look += shlex.join(job.preflight_flags)
     return [*lines, f"preflight=({look.rstrip() if job.preflight else ''})"]
 
@@ -167,8 +168,6 @@ def _environment(job: BatchJob, site: Site) -> list[str]:
         lines += [f"# {setting.why}", setting.text]
     lines += job.setup
     lines += [
-        "# The code as it was when the run was submitted, and not what lies in the current directory.",
-        'export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1',
         "# srun does not take it from sbatch any more (22.05 and later): all tasks would share one core.",
         "if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi",
         "# A thousand core files would fill the file system; loader workers have many files open.",
@@ -179,6 +178,10 @@ def _environment(job: BatchJob, site: Site) -> list[str]:
             value = setting.text.replace("{run}", job.run)
             lines += [f"# {setting.why}", f"export {name}={shlex.quote(value)}"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in job.environment.items()]
+    lines += [
+        "# The code as it was when the run was submitted, before the current directory and any path set above.",
+        'export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1',
+    ]
     return lines
 
 

@@ -12,11 +12,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm.run_record import NO_REQUEUE_NAME, array_runs, check_is_run, job_ids, last_owner, newest_step, script_jobs
+from slurm.run_record import (
+    NO_REQUEUE_NAME,
+    array_runs,
+    check_is_run,
+    job_ids,
+    last_owner,
+    newest_step,
+    planned_save_s,
+    script_jobs,
+)
 from slurm.squeue import Job, cancel_jobs, find_jobs, live_jobs, signal_batch
 from training.resilience.owner import this_process, why_ended
 
 _POLL_S = 1.0
+_SHORTEST_GRACE_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -32,20 +42,29 @@ class Cancelled:
     step_after: int
 
 
-def cancel_run(run: Path, *, grace_s: float, say: Callable[[str], None] = lambda _: None) -> Cancelled:
+def cancel_run(run: Path, *, grace_s: float | None, say: Callable[[str], None] = lambda _: None) -> Cancelled:
     """Ends the run and waits until it has ended.
 
     Args:
-        grace_s: how long a running job may take to save before SLURM ends it; 0 does not ask.
+        grace_s: how long a running job may take to save before SLURM ends it; 0 does not ask. None is as long as submit
+            has planned for a save, and 300 s at least.
         say: told what is waited for.
 
     Raises:
-        ValueError: no run. RuntimeError: it runs where it cannot be reached from, or does not end.
+        ValueError: no run. RuntimeError: it runs where it cannot be reached from, SLURM does not answer, or it does not
+            end.
     """
     check_is_run(run)
+    if grace_s is None:
+        grace_s = max(_SHORTEST_GRACE_S, planned_save_s(run))
     forbid_requeue(run)
     before = newest_step(run)
-    jobs = live_jobs(job_ids(run))
+    try:
+        jobs = live_jobs(job_ids(run))
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{error} Nothing was ended; {run / NO_REQUEUE_NAME} is in place, so what ends does not start again."
+        ) from error
     process = None
     if jobs:
         _end_jobs(run, jobs, grace_s=grace_s, say=say)
@@ -68,11 +87,11 @@ def _end_jobs(run: Path, jobs: Sequence[Job], *, grace_s: float, say: Callable[[
     rest = [job.job for job in jobs if job.job not in asked]
     if rest:
         cancel_jobs(rest)
+    left = asked
     if asked and grace_s > 0:
         say(f"job {', '.join(asked)} is asked to save, and has {grace_s:.0f} s for it")
         signal_batch(asked, "USR1")
-        _wait(asked, grace_s)
-    left = [job.job for job in live_jobs(asked)]
+        left = _wait(asked, grace_s)
     if left:
         say(f"job {', '.join(left)} is cancelled")
         cancel_jobs(left)

@@ -22,11 +22,13 @@ from slurm.bad_nodes import BAD_NODES_FILE, choose_excluded, read_suspects, usab
 from slurm.batch_script import BatchJob, render
 from slurm.data_facts import DataFacts, read_data_facts
 from slurm.model_facts import find_facts
+from slurm.node_list import expand
 from slurm.plan import Assumptions, JobShape, Plan, make_plan, saves_within_epochs
 from slurm.run_record import (
     NO_REQUEUE_NAME,
     SCRIPT_NAME,
     SETTINGS_NAME,
+    array_runs,
     newest_checkpoint,
     newest_step,
     read_submission,
@@ -122,6 +124,7 @@ def prepare(request: Request, *, now: datetime) -> Submission:
     """
     if request.cluster_checks:
         checks.check_sbatch()
+    _check_options(request)
     parsed = parse(list(request.trainer_arguments))
     site = load_site(request.site)
     if site.account_required and request.account is None:
@@ -134,7 +137,7 @@ def prepare(request: Request, *, now: datetime) -> Submission:
     first_step = newest_step(run)
     plan = _plan(config, shape, request, data=data, first_step=first_step)
     config, interval_remarks = _with_interval(config, request, plan)
-    job = _batch_job(request, config, plan, run)
+    job, assumed = _batch_job(request, config, plan, run, site=site)
     script = render(job)
     settings = _settings(config, now)
     checkpoint = newest_checkpoint(run)
@@ -156,6 +159,7 @@ def prepare(request: Request, *, now: datetime) -> Submission:
         data=data,
         assumptions=request.assumptions,
         first_step=first_step,
+        assumed=assumed,
         remarks=(*parsed.notices, *remarks, *data_remarks, *interval_remarks),
     )
     return Submission(job, config, plan, script, settings, summary, tuple(live), tuple(suspects))
@@ -181,7 +185,8 @@ def submit(submission: Submission, *, send: Send, now: datetime) -> str:
     script.write_text(submission.script)
     script.chmod(0o755)
     # Whoever submits a run again wants it to go on, also after they have cancelled it.
-    (run / NO_REQUEUE_NAME).unlink(missing_ok=True)
+    for place in _cancelled(run):
+        (place / NO_REQUEUE_NAME).unlink(missing_ok=True)
     excluded = [*submission.job.exclude, *submission.suspects] if submission.suspects else []
     job_id = send(script, submission.job, [f"--exclude={','.join(excluded)}"] if excluded else [])
     earlier = [str(job) for job in read_submission(run).get("job_ids", ())]
@@ -207,6 +212,27 @@ def send_with_sbatch(script: Path, job: BatchJob, options: Sequence[str] = ()) -
             "option it names (--partition, --account, --time, --nodes, --sbatch-option)."
         )
     return number
+
+
+def _check_options(request: Request) -> None:
+    """
+    Raises:
+        ValueError: what sbatch or the script would stumble over later.
+    """
+    if request.max_restarts is not None and request.max_restarts < 0:
+        raise ValueError(f"--max-restarts {request.max_restarts} must be at least 0; leave it out for no limit.")
+    if request.cpus_per_task is not None and request.cpus_per_task < 1:
+        raise ValueError(f"--cpus-per-task {request.cpus_per_task} must be at least 1; leave it out for the site's.")
+    for nodes in request.exclude:
+        try:
+            expand(nodes)
+        except ValueError as error:
+            raise ValueError(f"--exclude {nodes}: {error}") from error
+    if not _DIRECTORY.fullmatch(os.getcwd()):
+        raise ValueError(
+            f"the working directory {os.getcwd()!r}: sbatch gives spaces, quotes and % a meaning of their own, and the "
+            "job would start there. Call submit in another."
+        )
 
 
 def _shape(request: Request, config: Config, *, site: Site) -> JobShape:
@@ -307,7 +333,7 @@ def _check_place(request: Request, run: Path, shape: JobShape, *, site: Site) ->
         checks.check_shared(run, node_local=site.node_local)
     checks.check_writable(run)
     remarks = []
-    if (run / NO_REQUEUE_NAME).exists():
+    if _cancelled(run):
         remarks.append(f"the run was cancelled: {NO_REQUEUE_NAME} is removed, and it will requeue again")
     if not request.cluster_checks:
         return [], remarks
@@ -321,6 +347,11 @@ def _check_place(request: Request, run: Path, shape: JobShape, *, site: Site) ->
     if request.python_check:
         checks.check_python(request.python, setup=_setup_lines(request, site))
     return [job.job for job in live], remarks
+
+
+def _cancelled(run: Path) -> list[Path]:
+    """The run, and the runs of an array's tasks, as far as they may not start again."""
+    return [place for place in (run, *array_runs(run)) if (place / NO_REQUEUE_NAME).exists()]
 
 
 def _setup_lines(request: Request, site: Site) -> tuple[str, ...]:
@@ -387,16 +418,21 @@ def _with_interval(config: Config, request: Request, plan: Plan) -> tuple[Config
     return config, [remark] if remark else []
 
 
-def _batch_job(request: Request, config: Config, plan: Plan, run: Path) -> BatchJob:
+def _batch_job(
+    request: Request, config: Config, plan: Plan, run: Path, *, site: Site
+) -> tuple[BatchJob, tuple[str, ...]]:
+    """(the job, what it assumes)."""
     on_gpu = config.engine.device.startswith("cuda")
-    return BatchJob(
+    cpus, assumed = _cpus_per_task(request, config, plan, site=site)
+    job = BatchJob(
         name=str(config.logging.name),
         run=str(run),
         nodes=plan.shape.nodes,
         tasks_per_node=plan.shape.tasks_per_node,
         time_limit=request.time_limit,
         gpus_per_node=plan.shape.tasks_per_node if on_gpu and request.gpus_per_node != 0 else 0,
-        cpus_per_task=request.cpus_per_task,
+        cpus_per_task=cpus,
+        directory=os.getcwd(),  # where relative paths among the settings begin, wherever the script is sent from
         partition=request.partition,
         account=request.account,
         site=request.site,
@@ -409,10 +445,20 @@ def _batch_job(request: Request, config: Config, plan: Plan, run: Path) -> Batch
         preflight=request.preflight,
         array=request.array,
         dependency=request.dependency,
-        # Relative paths among the settings are relative to where submit was called, wherever the script is sent from.
-        sbatch_options=(f"--chdir={os.getcwd()}", *request.sbatch_options),
+        sbatch_options=request.sbatch_options,
         srun_options=request.srun_options,
     )
+    return job, assumed
+
+
+def _cpus_per_task(request: Request, config: Config, plan: Plan, *, site: Site) -> tuple[int | None, tuple[str, ...]]:
+    """(what to ask for, what that assumes). Asked for nothing, SLURM gives a rank and its workers one core."""
+    options = (*(option.text for option in site.sbatch_options), *request.sbatch_options)
+    said = any(option.startswith(("--cpus-per-", "-c")) for option in options)
+    if request.cpus_per_task is not None or said or site.cpus_per_task(plan.shape.tasks_per_node) is not None:
+        return request.cpus_per_task, ()
+    cpus = config.data.workers + 1
+    return cpus, (f"{cpus} cores a rank, one for it and one for each of its workers (--cpus-per-task)",)
 
 
 def _settings(config: Config, now: datetime) -> str:

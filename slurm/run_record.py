@@ -60,11 +60,35 @@ def job_ids(run: Path) -> list[str]:
 
 def script_jobs(run: Path) -> set[str]:
     """Jobs whose batch script is ours: of the run, or of the array that the run is a task of."""
-    records = [read_submission(run)]
+    return {str(job) for place in _submitted_as(run) for job in read_submission(place).get("job_ids", ())}
+
+
+def script_log(run: Path, job: str) -> Path:
+    """Where the batch script of a job writes, whether it has begun or not."""
+    places = [place / "slurm" / f"job-{job}.log" for place in _submitted_as(run)]
+    return next((path for path in places if path.exists()), places[0])
+
+
+def script_logs(run: Path) -> list[Path]:
+    """Those of the run's jobs, oldest first; tasks of an array share a directory, which is the array's."""
+    own, *array = (place / "slurm" for place in _submitted_as(run))
+    # A task whose preflight fails makes no start: its job is known by the file of messages alone.
+    jobs = {*job_ids(run), *(path.name.removeprefix("srun.") for path in own.glob("srun.*"))}
+    found = {*own.glob("job-*.log"), *(place / f"job-{job}.log" for place in array for job in jobs)}
+    return sorted((path for path in found if path.exists()), key=lambda path: path.stat().st_mtime)
+
+
+def planned_save_s(run: Path) -> float:
+    """How long before its end a job of the run is asked to save, as submit has planned it; 0 if nobody has."""
+    planned = [read_submission(place).get("signal_before_s") for place in _submitted_as(run)]
+    return max((float(seconds) for seconds in planned if isinstance(seconds, int | float)), default=0.0)
+
+
+def _submitted_as(run: Path) -> list[Path]:
+    """The run, and the array that it is a task of."""
     template, dash, _ = run.name.rpartition("-")
-    if dash and template:
-        records += [record for record in [read_submission(run.with_name(template))] if record.get("array")]
-    return {str(job) for record in records for job in record.get("job_ids", ())}
+    array = run.with_name(template) if dash and template else None
+    return [run, *([array] if array is not None and read_submission(array).get("array") else [])]
 
 
 def array_runs(run: Path) -> list[Path]:

@@ -13,8 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from slurm.bad_nodes import BAD_NODES_FILE, read_suspects
-from slurm.run_record import NO_REQUEUE_NAME, array_runs, check_is_run, job_ids, newest_checkpoint, read_submission
-from slurm.squeue import RUNNING_STATES, Job, find_ended_jobs, find_jobs
+from slurm.run_record import (
+    NO_REQUEUE_NAME,
+    array_runs,
+    check_is_run,
+    job_ids,
+    newest_checkpoint,
+    read_submission,
+    script_log,
+    script_logs,
+)
+from slurm.squeue import RUNNING_STATES, Job, find_ended_jobs, find_jobs, is_silent
 from training.naming import STARTS_FILE
 from training.observability.history import read_starts
 from training.resilience.lease import find_owner
@@ -123,6 +132,16 @@ def _state(run: Path, *, step: int, total: int | None) -> tuple[str, str]:
     if live:
         running = [job for job in live if job.state in RUNNING_STATES]
         return ("running" if running else "waiting"), "; ".join(_describe(job) for job in live)
+    state, detail = _state_without_jobs(run, ids=ids, jobs=jobs, step=step, total=total)
+    if ids and is_silent(jobs):
+        unknown = "SLURM does not answer, so whether a job waits or runs is not known"
+        detail = f"{unknown}; {detail}" if detail else unknown
+    return state, detail
+
+
+def _state_without_jobs(
+    run: Path, *, ids: Sequence[str], jobs: Sequence[Job] | None, step: int, total: int | None
+) -> tuple[str, str]:
     if tasks := array_runs(run):
         return "array", f"its runs are {', '.join(task.name for task in tasks)}, each with a status of its own"
     try:
@@ -219,12 +238,12 @@ def _why(record: Mapping[str, Any], previous: Start | None, requeues: Sequence[s
 
 def _requeues(run: Path, job: str) -> list[str]:
     """The reasons in the batch script's log, one for each requeue."""
-    text = _tail(run / "slurm" / f"job-{job}.log", limit=1 << 22)
+    text = _tail(script_log(run, job), limit=1 << 22)
     return [line.removeprefix("requeued: ") for line in _DECISION.findall(text) if line.startswith("requeued: ")]
 
 
 def _last_decision(run: Path) -> str:
-    logs = sorted((run / "slurm").glob("job-*.log"), key=lambda path: path.stat().st_mtime)
+    logs = script_logs(run)
     found = _DECISION.findall(_tail(logs[-1])) if logs else []
     return str(found[-1]) if found else ""
 

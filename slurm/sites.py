@@ -4,7 +4,7 @@ slurm/sites/NAME.yaml
     description        one line: the machine, its nodes, its network
     partition          used unless the user names another
     account            required | optional
-    gpus_per_node, cpus_per_node
+    gpus_per_node, cpus_per_node                          without the second a task asks for workers + 1
     gpu_request        gres: --gres=gpu:N | gpus-per-node: --gpus-per-node=N | none: nodes come whole
     network_gbit_s     of a node, all adapters together
     node_local         directories that only one node sees: no place for a run

@@ -14,6 +14,8 @@ RUNNING_STATES = frozenset(
     {"COMPLETING", "CONFIGURING", "RESIZING", "RUNNING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"}
 )
 _TIMEOUT_S = 30.0
+_NO_LIMIT = ("-1", "infinite", "unlimited")
+"""As sbatch reads a time; and a time of 0."""
 _FIELDS = ("%i", "%T", "%r", "%D", "%N", "%L", "%S")
 
 
@@ -67,8 +69,22 @@ def find_jobs(jobs: Sequence[str]) -> list[Job] | None:
 
 
 def live_jobs(jobs: Sequence[str]) -> list[Job]:
-    """Those that run or wait; empty also where SLURM cannot be asked."""
-    return [job for job in find_jobs(jobs) or () if job.is_live]
+    """Those that run or wait; empty also where SLURM is not installed.
+
+    Raises:
+        RuntimeError: SLURM does not answer.
+    """
+    found = find_jobs(jobs)
+    if is_silent(found):
+        raise RuntimeError(
+            f"SLURM does not answer, so whether jobs {', '.join(jobs)} wait or run is not known: try again in a minute."
+        )
+    return [job for job in found or () if job.is_live]
+
+
+def is_silent(found: Sequence[Job] | None) -> bool:
+    """Whether ``find_jobs`` got no answer from a SLURM that is here: then no job may be taken for gone."""
+    return found is None and shutil.which("squeue") is not None
 
 
 def find_ended_jobs(jobs: Sequence[str]) -> list[EndedJob]:
@@ -111,6 +127,8 @@ def signal_batch(jobs: Sequence[str], name: str) -> None:
 def find_partition(name: str | None) -> Partition | None:
     """A partition, or the default one; None where SLURM cannot be asked.
 
+    Of a list (``a,b``: whichever can start the job first) the most nodes and the longest time.
+
     Raises:
         ValueError: there is no such partition.
     """
@@ -119,20 +137,33 @@ def find_partition(name: str | None) -> Partition | None:
         return None
     rows = [line.split("|") for line in answer.splitlines() if line.count("|") == 3]
     names = list(dict.fromkeys(row[0] for row in rows))
-    wanted = [row for row in rows if (row[0] == name if name else row[3].endswith("*"))]
-    if name and not wanted:
-        raise ValueError(f"there is no partition {name} here: pass --partition with one of {', '.join(names)}.")
+    default = dict.fromkeys(row[0] for row in rows if row[3].endswith("*"))
+    wanted = name.split(",") if name else list(default)[:1]
+    for part in wanted:
+        if part not in names:
+            raise ValueError(f"there is no partition {part} here: pass --partition with one of {', '.join(names)}.")
     if not wanted:
         return None
-    return Partition(wanted[0][0], sum(int(row[1]) for row in wanted), _limit_s(wanted[0][2]))
+    parts = [[row for row in rows if row[0] == part] for part in wanted]
+    limits = [_limit_s(part[0][2]) for part in parts]
+    return Partition(
+        ",".join(wanted),
+        max(sum(int(row[1]) for row in part) for part in parts),
+        None if None in limits else max(limit for limit in limits if limit is not None),
+    )
 
 
 def parse_time_s(text: str) -> int:
     """A time as sbatch reads it: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or none that ends.
     """
+    if text.strip().lower() in _NO_LIMIT or re.fullmatch(r"[0:-]*0", text.strip()):
+        raise ValueError(
+            f"--time {text!r} is unlimited for SLURM, which then never says that it is time to save: pass a limit such "
+            "as 24:00:00; the run goes on in the next job."
+        )
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if match is None:
         raise ValueError(

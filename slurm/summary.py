@@ -20,6 +20,7 @@ def summarise(
     data: DataFacts | None,
     assumptions: Assumptions,
     first_step: int,
+    assumed: tuple[str, ...] = (),
     remarks: tuple[str, ...] = (),
 ) -> str:
     """The page, one topic a paragraph."""
@@ -37,7 +38,7 @@ def summarise(
         rows.append(("checkpoints", _checkpoints(config, plan)))
     if plan.speed is not None:
         rows.append(("time", _time(plan.speed, plan, job, first_step)))
-    rows += [("assumed", line) for line in _assumed(plan, data, assumptions)]
+    rows += [("assumed", line) for line in (*_assumed(plan, data, assumptions), *assumed)]
     rows += [("note", line) for line in (*plan.remarks, *remarks)]
     paragraphs = []
     for place, (topic, text) in enumerate(rows):

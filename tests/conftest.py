@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Tests run as several processes on few cores, and start processes of their own: more threads only fight each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,5 +12,9 @@ os.environ.setdefault("WANDB_MODE", "offline")
 # A launcher's variables in the developer's shell must not turn a single-process test into rank 3 of 8.
 for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
     os.environ.pop(_name, None)
+
+# A shell ignores Ctrl-C on behalf of what it starts in the background, and what tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from tests.s3.fixtures import object_server, s3  # noqa: E402, F401 - fixtures of all tests

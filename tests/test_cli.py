@@ -113,7 +113,7 @@ EVERYTHING = r"""
 --gather-with-grad --siglip --loss-dist-impl gather --opt NAdamW --lr 1e-4 --beta1 0.8 --beta2 0.9 --eps 1e-7
 --wd 0 --momentum 0.9 --opt-kwargs fused=True name=word text="'7'" betas=(0.1,0.2) nested={'a':[1,2]}
 --wd-exclude '*.bias' 'x?' --grad-clip-norm 1 --epochs 3 --epochs-cooldown 1 --warmup 0 --skip-scheduler
---lr-scheduler const-cooldown --lr-cooldown-end 1e-6 --lr-cooldown-power 2 --device cpu --dist-url tcp://h:1
+--lr-scheduler const-cooldown --lr-cooldown-end 1e-6 --lr-cooldown-power 2 --device cuda:1 --dist-url tcp://h:1
 --dist-backend gloo --slurm-host-suffix i --no-set-device-rank --ddp-static-graph --use-bn-sync --precision fp32
 --fsdp --fsdp-shard-ranks 4 --fsdp-no-reshard-after-forward --fsdp-offload-cpu --fsdp-checkpoint sharded
 --accum-freq 2 --grad-checkpointing --torchcompile --torchcompile-strategy step --torchcompile-backend eager

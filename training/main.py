@@ -375,10 +375,6 @@ def _train_and_close(
                 mirror.finish(FINISH_TIMEOUT_S if completed else SIGNAL_TIMEOUT_S)
     ending = "Finished" if completed else "Stopped"
     logger.info("%s %s%s.", ending, run.name, f": see {run.paths.root}" if run.paths else "")
-    if mirror is not None:
-        # A signal leaves seconds; the next start uploads the rest.
-        with supervisor.phase("save"):
-            mirror.finish(FINISH_TIMEOUT_S if completed else SIGNAL_TIMEOUT_S)
 
 
 def _build_evaluation_only(

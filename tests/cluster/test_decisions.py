@@ -80,6 +80,15 @@ def test_a_signal_requeues_and_a_cancel_does_not(cluster: Cluster, tmp_path: Pat
     assert "stop with 0: the job was cancelled" in cancelled.log
 
 
+def test_a_run_that_saves_nothing_new_is_not_put_back_for_ever(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, planned_run(tmp_path, "never", "save 7; await", "await", "await", "await", partition="low"))
+    for number in range(4):
+        job.wait_for_text(f"start {number} of plan", tmp_path / "never/slurm/rank-00000.log")
+        job.signal("USR1")
+    assert (job.wait_for_end(), job.exit_code(), job.restarts()) == ("FAILED", 93, 3), job.describe()
+    assert "stop with 93: three time limits in a row without a checkpoint" in job.log
+
+
 def _nodes_of_starts(run: Path) -> list[str]:
     return re.findall(r"^start \d+ of plan on (\S+)", rank_log(run), re.MULTILINE)
 

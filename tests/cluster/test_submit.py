@@ -84,6 +84,18 @@ def test_a_run_is_submitted_followed_cancelled_submitted_again_and_finished(clus
     assert start["why"] == f"submitted again, after job {first.number} that was stopped by a signal"
 
 
+def test_from_a_login_node_a_job_that_was_killed_holds_its_run_no_more(cluster, monkeypatch):
+    monkeypatch.delenv("SLURM_CLUSTER_NAME", raising=False)
+    job = submit(cluster, "--name=e", "--nodes=1", "--", "--epochs=100", samples=320)
+    job.wait_for_text(r"Train Epoch: 0 \[ *4/320", cluster.directory / "logs" / "e" / "out.log", timeout_s=240)
+    (cluster.directory / "logs" / "e" / ".no-requeue").touch()
+    subprocess.run(["scancel", "--signal=KILL", f"{job.number}.0"], check=True)
+    job.wait_for_end()
+    assert status(cluster, "e")["state"] == "cancelled"
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "another")  # whose jobs cannot be asked about here
+    assert status(cluster, "e")["state"] == "running"
+
+
 def test_an_array_sent_by_submitit_is_a_run_for_each_task(cluster):
     job = submit(cluster, "--name=b", "--nodes=1", "--array=0-1", "--with=submitit", samples=40)
     for task in (0, 1):
@@ -94,6 +106,8 @@ def test_an_array_sent_by_submitit_is_a_run_for_each_task(cluster):
     ]
     assert seeds == ["0", "1"]
     assert [status(cluster, f"b-{task}")["state"] for task in (0, 1)] == ["finished", "finished"]
+    (log,) = clipyard(cluster.directory, "logs", "logs/b-1", "--job").splitlines()[-1:]
+    assert f"job {job.number}_1 |" in log
     sent = cluster.directory / "logs" / "b" / "slurm" / "submitit" / f"{job.number}_submission.sh"
     assert sent.read_text() == (cluster.directory / "logs" / "b" / "submit.sbatch").read_text()
 

@@ -62,6 +62,15 @@ def _examine_one(line: list[str], directory: Path, trouble: Callable[[str], None
     os._exit(code)
 
 
+def as_slurm_step(node: str) -> None:
+    """As srun would start these ranks, one on each of a, b and c."""
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "a,b,c", "SLURM_STEP_NUM_TASKS": "3"}
+    place = {"SLURM_PROCID": os.environ["RANK"], "SLURM_LOCALID": "0", "SLURM_NODEID": str("abc".index(node))}
+    os.environ.update(step | place | {"SLURM_STEP_TASKS_PER_NODE": "1(x3)"})
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        del os.environ[name]
+
+
 def never_arrives(node: str) -> None:
     """Node c is busy with something else."""
     if node == "c":

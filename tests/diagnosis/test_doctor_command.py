@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from slurm.bad_nodes import BAD_NODES_FILE, read_suspects
 from training.commands.doctor import find_run, main, read_config
 from training.config import Config
 
@@ -93,15 +94,31 @@ def test_settings_come_from_the_line_or_from_the_run(tmp_path: Path):
     assert find_run(Config(), Path("/r")) == Path("/r")
 
 
-@pytest.mark.parametrize(("rank", "code"), [("0", 2), ("3", 0)])
+def begin_without_torch(directory: Path, **slurm: str) -> subprocess.CompletedProcess[str]:
+    (directory / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
+    line = [sys.executable, "-m", "training.commands.main", "doctor", f"--run={directory / 'run'}"]
+    environment = os.environ | {"PYTHONPATH": f"{directory}:."} | slurm
+    return subprocess.run(line, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("rank", "code"), [("0", 95), ("3", 0)])
 def test_a_node_whose_torch_is_broken_says_so_and_leaves_the_verdict_to_rank_0(tmp_path: Path, rank: str, code: int):
-    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:.", "SLURM_PROCID": rank, "SLURMD_NODENAME": "jwb0042"}
-    line = [sys.executable, "-m", "training.commands.main", "doctor"]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True)
-    if "unknown command" in done.stderr:  # the table has no such row yet
-        line[2:] = ["training.commands.doctor"]
-        done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    done = begin_without_torch(tmp_path, SLURM_PROCID=rank, SLURMD_NODENAME="jwb0042")
     assert done.returncode == code
     assert "jwb0042" in done.stderr
     assert "cannot begin (ImportError: libcudart.so.13" in done.stderr
+    listed = [suspect.node for suspect in read_suspects(tmp_path / "run" / BAD_NODES_FILE)]
+    assert listed == (["jwb0042"] if code else [])
+
+
+def test_an_environment_that_is_broken_on_the_next_node_too_is_the_jobs_trouble(tmp_path: Path):
+    codes = [begin_without_torch(tmp_path, SLURMD_NODENAME=node).returncode for node in ("a", "a", "b")]
+    assert codes == [95, 95, 2]
+    assert [suspect.node for suspect in read_suspects(tmp_path / "run" / BAD_NODES_FILE)] == ["a"]
+    assert begin_without_torch(tmp_path).returncode == 2
+
+
+def test_a_list_that_cannot_be_written_does_not_hide_the_node(tmp_path: Path):
+    (tmp_path / "run").write_text("a file")
+    done = begin_without_torch(tmp_path, SLURMD_NODENAME="a")
+    assert (done.returncode, "a cannot be put on the list" in done.stderr) == (95, True)

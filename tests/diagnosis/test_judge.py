@@ -158,8 +158,30 @@ def test_a_node_that_did_not_come_is_excluded_and_unknown_ranks_are_said():
     assert gone.exclude == ("jwb0127",)
     assert "presence: none of its ranks came in time" in reasons(gone, "jwb0127")
     nobody = judge([report("a")], absent=[Absent("", tuple(range(4, 40)), "did not come")])
-    assert (nobody.exclude, nobody.exit_code) == ((), 2)
+    assert (nobody.exclude, nobody.exit_code) == ((), 0)
     assert "rank(s) 4, 5, " in nobody.job[0].text
+
+
+@pytest.mark.parametrize(
+    ("came", "missing", "excluded"),
+    [(3, 5, False), (5, 3, False), (1, 7, False), (2, 2, False), (6, 2, True), (1, 1, True), (2, 1, True)],
+)
+def test_many_that_are_late_are_no_reason_to_exclude_anybody(came: int, missing: int, excluded: bool):
+    reports = [report(node) for node in NODES[:came]]
+    late = NODES[came : came + missing]
+    diagnosis = judge(reports, absent=[Absent(node, (), "none of its ranks came in time") for node in late])
+    assert diagnosis.exclude == (tuple(late) if excluded else ())
+    assert diagnosis.exit_code == (95 if excluded else 0)
+    assert ("can be trained on" in render(diagnosis, reports), "training waits" in render(diagnosis, reports)) == (
+        False,
+        not excluded,
+    )
+
+
+def test_what_is_broken_is_excluded_although_many_are_late():
+    broken = report(NODES[0], findings=(bad("GPU memory errors", "5 uncorrected"),))
+    absent = [Absent(node, (), "none of its ranks came in time") for node in NODES[5:8]]
+    assert judge([broken, *map(report, NODES[1:5])], absent=absent).exclude == (NODES[0],)
 
 
 def test_the_table_says_the_same_thing_once():

@@ -9,6 +9,7 @@ from training.diagnosis.machine import (
     clock_is_synchronised,
     judge_kernel_log,
     look_at_cache,
+    look_at_cores,
     look_at_machine,
     look_at_memory,
     look_at_ports,
@@ -40,6 +41,12 @@ def test_little_free_memory_is_worth_a_look(tmp_path: Path):
     found = look_at_memory(meminfo, ranks=8)
     assert (found.level, "16.0 GiB free of 512.0, less than 4 GiB for each of 8" in found.text) == (Level.WARNING, True)
     assert look_at_memory(tmp_path / "none", ranks=1).level is Level.UNKNOWN
+
+
+def test_a_rank_with_a_single_core_is_told_what_to_ask_for():
+    assert look_at_cores(5, workers=4).level is Level.OK
+    found = look_at_cores(1, workers=4)
+    assert (found.level, "--cpus-per-task 5, or fewer --workers" in found.text) == (Level.WARNING, True)
 
 
 def test_ports_are_counted_with_their_rates(tmp_path: Path):

@@ -17,7 +17,7 @@ from training.data.batch import DeviceBatch
 from training.distributed.collectives import all_reduce_sum, gather_objects
 from training.distributed.initial_weights import check_no_meta_tensors
 from training.distributed.mesh import build_mesh
-from training.distributed.parallelize import parallelize
+from training.distributed.parallelize import _whole_parameters, parallelize
 from training.distributed.runtime import Runtime
 from training.distributed.sharding import (
     ShardGroup,
@@ -70,6 +70,7 @@ TWO_RANKS = {
     "timm vit": Case(vision=TIMM_VIT, pixels=160, accum_freq=2),
     # Where DDP rounds to bf16, FSDP does, too; only sums over ranks differ.
     "amp_bf16": Case(precision="amp_bf16", tolerance=1e-2),
+    "layer scale": Case(vision={"ls_init_value": 0.1}, precision="amp_bf16", tolerance=1e-2),
 }
 FOUR_RANKS = {
     "all share one copy": Case(),
@@ -185,6 +186,33 @@ def test_two_ranks_train_as_with_ddp(on_two, name):
 def test_four_ranks_train_as_with_ddp(on_four, name):
     for found in on_four:
         assert_as_ddp(FOUR_RANKS[name], found[name])
+
+
+def stream_types(vision: dict[str, Any]) -> list[list[torch.dtype]]:
+    """Of what each block of the image tower returns: without FSDP, and with it."""
+    case, found = Case(vision=vision, precision="amp_bf16"), []
+    for fsdp in (False, True):
+        model, step = build_step(case, fsdp=fsdp)
+        types: list[torch.dtype] = []
+        for block in model.image_blocks:
+            block.register_forward_hook(lambda module, inputs, output, types=types: types.append(output.dtype))
+        train(case, step, steps=1)
+        found.append(types)
+    return found
+
+
+def test_layer_scale_keeps_the_residual_stream_in_the_precision_it_has_with_ddp():
+    for plain, sharded in run_ranks(2, stream_types, {"ls_init_value": 0.1}):
+        assert plain == sharded
+        assert torch.float32 in plain
+
+
+def test_vectors_that_a_block_multiplies_with_by_itself_are_whole():
+    model = tiny_model(CONVNEXT)
+    whole = {name for name, value in model.named_parameters() if value in _whole_parameters(model)}
+    scales = {name for name, _ in model.named_parameters() if name.endswith("gamma")}
+    assert scales
+    assert whole == scales | {"logit_scale"}
 
 
 def bad_step(opt: str, precision: str, guarded: bool) -> list[str]:

@@ -48,6 +48,13 @@ def test_the_store_of_another_job_is_not_taken_for_ours():
     assert first.world_size == 3
 
 
+def test_a_rank_0_that_does_not_find_itself_says_so_in_seconds():
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"rank 0 cannot listen at no-such-host.invalid.*--slurm-host-suffix"):
+        RollCall("no-such-host.invalid", [free_port()], identity="", rank=0, world_size=3, timeout_s=1.0)
+    assert time.monotonic() - start < 30
+
+
 def test_a_rank_0_that_is_not_there_is_said_within_the_time():
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="rank 0 cannot be reached at 127.0.0.1, port .* within 1 s"):

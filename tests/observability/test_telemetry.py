@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from training.config import EngineConfig, LossConfig, OptimConfig
 from training.data.batch import DeviceBatch
 from training.distributed.parallelize import parallelize
 from training.distributed.runtime import Runtime
+from training.distributed.sharding import ShardSums
 from training.losses import build_loss
 from training.observability import update_statistics
 from training.observability.activation_probe import ActivationProbe, max_attention_logit
@@ -289,3 +291,27 @@ def test_an_interval_of_zero_is_never_due():
     optimizer = build_optimizer(model, OptimConfig(lr=1.0, beta1=0.9, beta2=0.9, eps=1e-6))
     assert [step for step in range(100) if Telemetry(model, optimizer, every=40).is_due(step)] == [0, 40, 80]
     assert not any(Telemetry(model, optimizer, every=0).is_due(step) for step in range(100))
+
+
+class SumsElsewhere:
+    """Stands for the sums of a model whose rows lie in host memory while it computes on a device."""
+
+    device = torch.device("meta")
+
+    def __call__(self, sums: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+        return sums
+
+    def size(self, parameter: nn.Parameter) -> int:
+        return parameter.numel()
+
+
+def test_shards_in_host_memory_are_measured_together_with_what_lies_on_the_device():
+    parameters = {"scale": nn.Parameter(torch.ones((), device="meta")), "rows": nn.Parameter(torch.ones(3, 2))}
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
+    optimizer.step()
+    meter = UpdateMeter(parameters, optimizer, shard_sums=cast(ShardSums, SumsElsewhere()))
+    measured = meter.measure()
+    assert measured is not None
+    assert measured.update_norm.shape == (2,)

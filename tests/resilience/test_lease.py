@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from training.resilience.lease import Lease, LeaseLost, claim_lease, find_owner
+from training.resilience.owner import _cluster_name, this_process
 
 CLAIM = (
     "import sys, time; from pathlib import Path; from training.resilience.lease import claim_lease\n"
@@ -62,10 +63,10 @@ def elsewhere(leases: Path, **changes: object) -> None:
     rewrite(leases, **{"host": "node7", "machine": "m7", "boot": "b7"} | changes)
 
 
-def put_squeue(monkeypatch, directory: Path, script: str) -> None:
-    directory.mkdir()
-    (directory / "squeue").write_text(f"#!/bin/sh\n{script}\n")
-    (directory / "squeue").chmod(0o755)
+def put_squeue(monkeypatch, directory: Path, script: str, *, name: str = "squeue") -> None:
+    directory.mkdir(exist_ok=True)
+    (directory / name).write_text(f"#!/bin/sh\n{script}\n")
+    (directory / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
 
 
@@ -243,6 +244,25 @@ def test_the_job_numbers_of_another_cluster_are_not_asked_about(leases, tmp_path
     elsewhere(leases, job="55", cluster="other")
     with pytest.raises(ValueError, match="SLURM job 55"):
         claim_lease(leases, take_over=False, environment={"SLURM_CLUSTER_NAME": "this"})
+
+
+@pytest.mark.parametrize(("answer", "ended"), [("ClusterName             = c1", True), ("ClusterName = c2", False)])
+def test_a_login_node_knows_its_cluster_and_asks_about_the_jobs_of_that(leases, tmp_path, monkeypatch, answer, ended):
+    put_squeue(monkeypatch, tmp_path / "bin", "exit 0")
+    put_squeue(monkeypatch, tmp_path / "bin", f"echo '{answer}'", name="scontrol")
+    monkeypatch.delenv("SLURM_CLUSTER_NAME", raising=False)
+    _cluster_name.cache_clear()
+    claim_lease(leases, take_over=False)
+    elsewhere(leases, job="55", cluster="c1")
+    assert (find_owner(leases) is None) == ended
+    _cluster_name.cache_clear()
+
+
+def test_a_cluster_that_does_not_answer_has_no_name(tmp_path, monkeypatch):
+    put_squeue(monkeypatch, tmp_path / "bin", "echo 'Unable to contact slurm controller' >&2; exit 1", name="scontrol")
+    _cluster_name.cache_clear()
+    assert this_process({}).cluster == ""
+    _cluster_name.cache_clear()
 
 
 def test_a_requeued_job_follows_itself(leases):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm.bad_nodes import Suspect, blame, choose_excluded, main, read_suspects, record_suspects
+from slurm.bad_nodes import Suspect, blame, choose_excluded, main, read_suspects, record_suspects, usable_nodes
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 NODES = ["n1", "n2", "n3", "n4"]
@@ -103,3 +103,13 @@ def test_the_command_records_whom_it_blames(tmp_path: Path, capsys: pytest.Captu
     line = ["exclude", str(tmp_path), "--partition", "none", "--needed", "2", "--always", "m[1-2]"]
     assert main(line) == 0
     assert capsys.readouterr().out == "m1,m2,n2\n"
+
+
+def test_a_node_that_is_asleep_or_promised_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    up = ["idle", "idle~", "idle#", "idle%", "idle^", "idle@", "mixed-", "planned", "allocated", "allocated+"]
+    down = ["idle*", "idle$", "down~", "down*", "drained", "draining@", "maint", "unknown"]
+    listed = [f"{state[0]}{number} {state}" for number, state in enumerate(up + down)]
+    (tmp_path / "sinfo").write_text("#!/bin/sh\ncat <<'END'\n{}\nEND\n".format("\n".join(listed)))
+    (tmp_path / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert usable_nodes("gpu") == {line.split()[0] for line in listed[: len(up)]}

@@ -17,21 +17,23 @@ import pytest
 
 from slurm.bad_nodes import record_suspects
 from slurm.cancel import cancel_run
-from slurm.run_record import job_ids, read_submission, script_jobs, write_submission
+from slurm.run_record import job_ids, read_submission, script_jobs, script_logs, write_submission
 from slurm.run_status import read_status, render_status
 from training.commands import cancel, logs, status
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = datetime.now(UTC)
+SILENT = "echo 'Unable to contact slurm controller' >&2; exit 1"
 PLAN = "2026-01-01,00:00:00 | INFO | 2 epochs of 50 steps; global batch 8 = 4 per rank x 2 ranks x 1 micro-steps\n"
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of two starts of job 7, at step 30 of 100, on a machine whose SLURM does not answer."""
+    """A run of two starts of job 7, at step 30 of 100, on a machine whose SLURM has forgotten the job."""
     (tmp_path / "bin").mkdir()
-    for name in ("squeue", "sacct", "scancel"):
-        answer(tmp_path, name, "echo 'Unable to contact slurm controller' >&2; exit 1")
+    answer(tmp_path, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    for name in ("sacct", "scancel"):
+        answer(tmp_path, name, SILENT)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     directory = tmp_path / "run"
     (directory / "slurm").mkdir(parents=True)
@@ -133,6 +135,32 @@ def test_a_waiting_job_is_told_with_its_reason(run, tmp_path):
 def test_what_accounting_says_of_a_job_that_has_ended_is_added(run, tmp_path):
     answer(tmp_path, "sacct", "echo '7|CANCELLED by 1000|0:15|2026-01-02T00:00:00'")
     assert read_status(run, now=NOW).detail == "job 7 ended as CANCELLED, exit code 0:15"
+
+
+def test_a_run_whose_slurm_is_silent_may_wait_or_run(run, tmp_path):
+    (run / "starts.jsonl").unlink()
+    write_submission(run, {"job_ids": ["7"]})
+    assert (read_status(run, now=NOW).state, read_status(run, now=NOW).detail) == ("not started", "")
+    answer(tmp_path, "squeue", SILENT)
+    assert read_status(run, now=NOW).detail == "SLURM does not answer, so whether a job waits or runs is not known"
+
+
+def test_a_task_of_an_array_has_the_log_that_lies_with_the_array(run, capsys):
+    write_submission(run.with_name("run"), {"job_ids": ["6"], "array": "0-1"})
+    (run / "slurm" / "job-7.log").write_text("T | job 6_0 | requeued: stopped by a signal, and saved.\n")
+    (run / "slurm" / "job-8.log").write_text("T | job 6_1 | stop with 2: refused. Not requeued.\n")
+    first, second = (run.with_name(f"run-{task}") for task in (0, 1))
+    for task in (first, second):
+        (task / "slurm").mkdir(parents=True)
+    (first / "starts.jsonl").write_text((run / "starts.jsonl").read_text())
+    (second / "slurm" / "srun.8").touch()  # its preflight fails, so it never starts
+    (second / "out.log").touch()
+    assert [read_status(first, now=NOW).starts[1].why, script_logs(second)] == [
+        "stopped by a signal, and saved.",
+        [run / "slurm" / "job-8.log"],
+    ]
+    assert logs.main([str(second), "--job"]) == 0
+    assert "refused" in capsys.readouterr().out
 
 
 def test_why_a_start_was_made_is_the_batch_scripts_word_if_there_is_one(run):
@@ -261,6 +289,37 @@ def test_cancel_of_a_run_that_has_ended_keeps_it_from_starting_again(run, capsys
     assert cancel.main([str(run)]) == 0
     assert "Nothing was running. The newest checkpoint is that of step 20." in capsys.readouterr().out
     assert (run / ".no-requeue").exists()
+
+
+def test_cancel_takes_no_job_for_gone_while_slurm_is_silent(run, tmp_path, capsys):
+    answer(tmp_path, "squeue", SILENT)
+    assert cancel.main([str(run)]) == 1
+    said = capsys.readouterr().err
+    assert "SLURM does not answer, so whether jobs 7 wait or run is not known: try again in a minute." in said
+    assert f"Nothing was ended; {run / '.no-requeue'} is in place" in said
+    assert (run / ".no-requeue").exists()
+
+
+def test_a_job_that_slurm_is_silent_about_after_the_save_is_cancelled(run, tmp_path):
+    write_submission(run, {"job_ids": ["7"]})
+    row = "7|RUNNING|None|2|n[1-2]|1-00:00:00|N/A"
+    answer(tmp_path, "squeue", f"test -e {tmp_path}/asked || {{ echo '{row}'; exit; }}; {SILENT}")
+    answer(tmp_path, "scancel", f"touch {tmp_path}/asked; case $* in *USR1*) ;; *) {SILENT};; esac")
+    with pytest.raises(RuntimeError, match="jobs 7 could not be cancelled: Unable to contact"):
+        cancel_run(run, grace_s=0.1)
+
+
+@pytest.mark.parametrize(("planned", "grace"), [(None, 300), (120, 300), (900, 900)])
+def test_cancel_gives_a_job_as_long_as_submit_has_planned(run, tmp_path, monkeypatch, planned, grace):
+    write_submission(run, {"job_ids": ["7"], "array": "0-1", "signal_before_s": planned})
+    task = run.with_name("run-0")
+    task.mkdir()
+    (task / "starts.jsonl").write_text((run / "starts.jsonl").read_text())
+    answer(tmp_path, "squeue", "echo '7|RUNNING|None|2|n[1-2]|1-00:00:00|N/A'")
+    answer(tmp_path, "scancel", f"echo '#!/bin/sh' > {tmp_path}/bin/squeue")
+    said: list[str] = []
+    cancel_run(task, grace_s=None, say=said.append)
+    assert said == [f"job 7 is asked to save, and has {grace} s for it"]
 
 
 def test_cancel_of_an_array_forbids_every_task(run):

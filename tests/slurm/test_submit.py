@@ -131,6 +131,36 @@ def test_a_second_job_is_added_to_the_record_and_lifts_a_cancel(tmp_path):
     assert not (tmp_path / "a" / ".no-requeue").exists()
 
 
+def test_an_array_that_is_submitted_again_after_a_cancel_requeues_again(tmp_path):
+    submit(prepared(tmp_path, array="0-1"), send=numbered("1"), now=NOW)
+    task = tmp_path / "a-1"
+    task.mkdir()
+    (task / ".no-requeue").touch()
+    again = prepared(tmp_path, array="0-1")
+    assert "the run was cancelled: .no-requeue is removed" in " ".join(again.summary.split())
+    submit(again, send=numbered("2"), now=NOW)
+    assert not (task / ".no-requeue").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked", "assumed"),
+    [
+        ({}, "--cpus-per-task=7", True),
+        ({"cpus_per_task": 3}, "--cpus-per-task=3", False),
+        ({"sbatch_options": ("--cpus-per-gpu=9",)}, "--cpus-per-gpu=9", False),
+        ({"site": "jureca", "account": "a"}, "--cpus-per-task=", False),
+    ],
+)
+def test_a_rank_gets_cores_for_its_workers_unless_somebody_has_said_how_many(tmp_path, fields, asked, assumed):
+    submission = prepared(tmp_path, base=GPU, gpus_per_node=4, **fields)
+    options = [line for line in submission.script.splitlines() if line.startswith("#SBATCH --cpus-per-")]
+    assert len(options) == 1
+    assert options[0].startswith(f"#SBATCH {asked}")
+    assert ("7 cores a rank, one for it and one for each of its workers (--cpus-per-task)" in submission.summary) == (
+        assumed
+    )
+
+
 def test_the_first_start_avoids_suspected_nodes_as_far_as_others_are_left(tmp_path, monkeypatch):
     program(tmp_path / "bin", "sbatch", 'echo "$@" >&2; exit 1')
     nodes = "echo 'n1 idle'; echo 'n2 idle'; echo 'n3 idle'"
@@ -224,6 +254,11 @@ def test_gpus_in_all_stand_for_nodes(tmp_path):
         ((), {"gpus_per_node": 4, "time_limit": "soon"}, "--time 'soon' is no time"),
         ((), {"gpus_per_node": 4, "checkpoint_minutes": -1}, "--checkpoint-minutes -1 must be at least 0"),
         ((), {"gpus_per_node": 4, "time_limit": "5"}, "a time limit of 300 s is too short for one checkpoint"),
+        ((), {"gpus_per_node": 4, "time_limit": "0:00"}, "--time '0:00' is unlimited for SLURM.* pass a limit such as"),
+        ((), {"gpus_per_node": 4, "time_limit": "UNLIMITED"}, "--time 'UNLIMITED' is unlimited for SLURM"),
+        ((), {"gpus_per_node": 4, "max_restarts": -1}, "--max-restarts -1 must be at least 0"),
+        ((), {"gpus_per_node": 4, "cpus_per_task": -3}, "--cpus-per-task -3 must be at least 1"),
+        ((), {"gpus_per_node": 4, "exclude": ("n1", "n[1-")}, r"--exclude n\[1-: .* is not closed"),
         (("--device=cpu",), {"gpus_per_node": 4}, "--gpus-per-node 4, but --device cpu uses none"),
         (("--device=cpu",), {"tasks_per_node": 0}, "0 ranks a node"),
         (("--logs=none",), {"gpus_per_node": 4}, "--logs none keeps no checkpoints to requeue from"),
@@ -238,6 +273,13 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, traine
     with pytest.raises(ValueError, match=message):
         prepared(tmp_path, *trainer, base=GPU, **fields)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_working_directory_that_a_batch_script_cannot_hold_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "my runs").mkdir()
+    monkeypatch.chdir(tmp_path / "my runs")
+    with pytest.raises(ValueError, match="the working directory '.*my runs': .* Call submit in another"):
+        prepared(tmp_path / "logs")
 
 
 @pytest.mark.parametrize(
@@ -292,6 +334,17 @@ def test_a_run_that_another_process_holds_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"run a is in use by process {holder.pid} on .* or choose another --name"):
             checks.check_nobody_uses(tmp_path / "a", dependency=None)
         holder.kill()
+    assert checks.check_nobody_uses(tmp_path / "a", dependency=None) == []
+
+
+def test_a_run_that_slurm_is_silent_about_is_not_overwritten(tmp_path, monkeypatch):
+    submit(prepared(tmp_path), send=numbered("7"), now=NOW)
+    program(tmp_path / "bin", "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    for dependency in (None, "afterany:7"):
+        with pytest.raises(RuntimeError, match="SLURM does not answer, so whether jobs 7 wait or run is not known"):
+            checks.check_nobody_uses(tmp_path / "a", dependency=dependency)
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert checks.check_nobody_uses(tmp_path / "a", dependency=None) == []
 
 
@@ -425,6 +478,8 @@ def test_times_are_read_as_sbatch_reads_them(text, seconds):
     ("partition", "nodes", "time", "message"),
     [
         ("gpux", 1, "1:00:00", "there is no partition gpux here: pass --partition with one of gpu, cpu"),
+        ("cpu,gpux", 1, "1:00:00", "there is no partition gpux here"),
+        ("cpu,gpu", 9, "1:00:00", "--nodes 9: partition cpu,gpu has 8 nodes"),
         ("gpu", 9, "1:00:00", "--nodes 9: partition gpu has 8 nodes, so the job would wait for ever"),
         ("gpu", 8, "25:00:00", r"--time 25:00:00 is longer than partition gpu allows \(24:00:00\)"),
     ],
@@ -437,6 +492,7 @@ def test_what_would_wait_for_ever_is_refused(tmp_path, monkeypatch, partition, n
         checks.check_partition(partition, **limit)
     checks.check_partition("cpu", nodes=4, time_limit_s=10**7, time_limit=time)
     assert find_partition(None) == ("gpu", 8, 86_400)
+    assert find_partition("gpu,cpu") == ("gpu,cpu", 8, None)
 
 
 def test_jobs_that_slurm_has_forgotten_are_none_and_a_silent_slurm_is_unknown(tmp_path, monkeypatch):

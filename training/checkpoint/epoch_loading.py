@@ -113,7 +113,8 @@ def check_shapes(saved: Mapping[str, tuple[int, ...]], model: Clip) -> None:
     }
     differing = [name for name in {**expected, **saved} if expected.get(name) != saved.get(name)]
     if differing:
-        name = differing[0]
+        # A tensor that both have tells more than one that is missing.
+        name = next((name for name in differing if name in expected and name in saved), differing[0])
         raise ValueError(
             f"the weights do not fit model '{model.config.name}': {len(differing)} of {len(expected)} tensors differ "
             f"(first: {name}, saved {saved.get(name, 'not at all')}, now {expected.get(name, 'not at all')}); pass the "

@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     """Exit code 2 for a directory that is no run, 1 if the run cannot be reached or does not end."""
     parser = argparse.ArgumentParser(prog="clipyard cancel", description=__doc__)
     parser.add_argument("run", type=Path, help="the run's directory: --logs joined with --name")
-    parser.add_argument("--grace", type=float, default=300.0, metavar="S", help="seconds to save in (%(default)g)")
+    parser.add_argument("--grace", type=float, metavar="S", help="seconds to save in (as planned; at least 300)")
     parser.add_argument("--now", action="store_true", help="do not wait for a save; SLURM ends the job at once")
     arguments = parser.parse_args(argv)
     grace_s = 0.0 if arguments.now else arguments.grace

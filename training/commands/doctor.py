@@ -4,8 +4,8 @@ Alone on a machine, or as a step of a job with one task for each GPU:
 
     srun --kill-on-bad-exit=1 clipyard doctor --slurm --run RUN
 
-Exit codes: 0 all is well; 95 nodes are to be excluded (printed, and added to RUN/bad_nodes.jsonl); 2 something is wrong
-that other nodes would not mend.
+Exit codes: 0 nothing speaks against these nodes; 95 some are to be excluded (printed, and added to
+RUN/bad_nodes.jsonl); 2 something is wrong that other nodes would not mend; 1 the ranks did not meet: no verdict.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from slurm.bad_nodes import BAD_NODES_FILE, read_suspects, record_suspects
 from slurm.environment import is_in_step
 from training.cli import parse
 from training.config import Config
-from training.resilience.exit_codes import BAD_USAGE
+from training.resilience.exit_codes import BAD_USAGE, NODE_SUSPECTED
 from training.validation import logs_disabled
 
+_ARRIVAL_LIMIT_S = 300.0
+"""A cold import of torch by a thousand ranks takes minutes; when all have come, nobody waits."""
 _RECORDED_SETTINGS = ("submit.yaml", "config.yaml")
 _NO_DATA = ("--dataset-type=synthetic", "--train-num-samples=1")
 """A trainer needs data to start; an examination does not."""
@@ -42,9 +45,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--slurm", action="store_true", help="refuse to run where srun did not start it")
     parser.add_argument("--quick", action="store_true", help="10 seconds instead of 60: shorter, and fewer pairs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything that was found")
-    parser.add_argument("--arrival-limit", type=float, default=60.0, metavar="S", help="to wait for nodes to appear")
+    parser.add_argument(
+        "--arrival-limit", type=float, default=_ARRIVAL_LIMIT_S, metavar="S", help="to wait for nodes to appear"
+    )
     arguments, flags = parser.parse_known_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s | %(message)s")
+    run: Path | None = arguments.run
     try:
         if arguments.slurm and not is_in_step(os.environ):
             raise ValueError(
@@ -62,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"clipyard doctor: {error}\n")
         return BAD_USAGE
     except (ImportError, OSError) as error:
-        return _cannot_begin(error)
+        return _cannot_begin(error, run)
     return code
 
 
@@ -97,11 +103,33 @@ def find_run(config: Config, given: Path | None) -> Path | None:
     return (Path(config.logging.logs) / config.logging.name).absolute()
 
 
-def _cannot_begin(error: Exception) -> int:
-    node = os.environ.get("SLURMD_NODENAME", "this machine")
-    sys.stderr.write(f"clipyard doctor: {node}: {sys.executable} cannot begin ({type(error).__name__}: {error})\n")
+def _cannot_begin(error: Exception, run: Path | None) -> int:
+    node = os.environ.get("SLURMD_NODENAME")
+    reason = f"cannot begin ({type(error).__name__}: {error})"
+    sys.stderr.write(f"clipyard doctor: {node or 'this machine'}: {sys.executable} {reason}\n")
     # Only rank 0 may end with a code above 0: it must live to name this node, under srun --kill-on-bad-exit.
-    return BAD_USAGE if os.environ.get("SLURM_PROCID", "0") == "0" else 0
+    if os.environ.get("SLURM_PROCID", "0") != "0":
+        return 0
+    if node is None:
+        return BAD_USAGE
+    return _suspect_own_node(node, f"doctor: {reason}"[:500], run)
+
+
+def _suspect_own_node(node: str, reason: str, run: Path | None) -> int:
+    """Rank 0 cannot ask the others how they are. If a node before it said the same, then it is not the node."""
+    if run is None:
+        return NODE_SUSPECTED
+    path = run / BAD_NODES_FILE
+    try:
+        others = [suspect.node for suspect in read_suspects(path) if suspect.node != node and suspect.reason == reason]
+        if others:
+            sys.stderr.write(f"clipyard doctor: {others[0]} said the same before: mend the environment of all nodes\n")
+            return BAD_USAGE
+        run.mkdir(parents=True, exist_ok=True)
+        record_suspects(path, [(node, reason)])
+    except OSError as error:
+        sys.stderr.write(f"clipyard doctor: {node} cannot be put on the list ({error})\n")
+    return NODE_SUSPECTED
 
 
 if __name__ == "__main__":

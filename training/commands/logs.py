@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from slurm.run_record import check_is_run
+from slurm.run_record import check_is_run, script_logs
 
 _POLL_S = 0.5
 _TAIL_BYTES_PER_LINE = 2000
@@ -100,7 +100,7 @@ def _finder(run: Path, *, rank: int | None, job_only: bool) -> Callable[[], list
         if rank is not None:
             # The second is --log-local's.
             return [path for path in (run / "slurm" / f"rank-{rank:05d}.log", run / f"out-{rank}") if path.exists()][:1]
-        jobs = sorted((run / "slurm").glob("job-*.log"), key=lambda path: path.stat().st_mtime)[-1:]
+        jobs = script_logs(run)[-1:]
         outs = [] if job_only else [path for path in (run / "out.log", run / "out-0") if path.exists()][:1]
         return [*jobs, *outs]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from training.diagnosis.clocks import ClockServer, ask_offset
 from training.diagnosis.data_access import has_data, read_shards
 from training.diagnosis.device_speed import Measured, measure_device
 from training.diagnosis.findings import ClockReading, Finding, RankReport, Rate, bad, ok, unknown, warning
-from training.diagnosis.machine import PORTS, clock_is_synchronised, look_at_machine
+from training.diagnosis.machine import PORTS, clock_is_synchronised, look_at_cores, look_at_machine
 from training.diagnosis.nvidia import look_at_gpus
 from training.diagnosis.pairing import pairings
 from training.diagnosis.run_directory import RunDirectory, file_system_of, neighbours
@@ -163,6 +164,8 @@ def examine(subject: Subject, team: Team, devices: Sequence[torch.device], roll_
     """Everything this process can find out. All ranks of the team call it."""
     start = time.monotonic()
     notes = _Notes()
+    # Each rank for itself: they may be bound to different cores.
+    notes.findings.append(look_at_cores(len(os.sched_getaffinity(0)), workers=subject.config.data.workers))
     leads = team.leads(subject.rank)
     node_checks = Thread(target=_look_at_tools, args=(subject, team, notes), daemon=True) if leads else None
     if node_checks is not None:

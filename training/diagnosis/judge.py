@@ -29,6 +29,8 @@ _FACT_LEVELS = {"kernel": Level.WARNING, "GPU driver": Level.WARNING, "cuDNN": L
 """Facts in which nodes may differ and still train together; all others must agree."""
 _CLOCK_LIMITS_S = (0.5, 5.0)
 _FEW_NODES = 2
+_FEW_ABSENT = 2
+PRESENCE = "presence"
 _PAIRS_CHECK = "all-reduce across nodes"
 _UNJUDGED_KINDS = ("CPU", "gloo")
 """Shown and warned about: on a CPU every other process counts."""
@@ -96,7 +98,7 @@ def judge(reports: Sequence[RankReport], *, absent: Sequence[Absent] = ()) -> Di
         *_compare_clocks(leaders),
         *_compare_sight(leaders),
         *_compare_pairs(reports),
-        *_note_absent(absent),
+        *_note_absent(absent, num_nodes=len(by_node)),
     ):
         if node is None:
             job.append(finding)
@@ -104,8 +106,9 @@ def judge(reports: Sequence[RankReport], *, absent: Sequence[Absent] = ()) -> Di
             by_node[node].append(finding)
     job += _move_shared(by_node)
     broken = [node for node, findings in by_node.items() if any(finding.level is Level.BAD for finding in findings)]
-    if len(by_node) > _FEW_NODES and 2 * len(broken) > len(by_node):
-        what = f"{len(broken)} of {len(by_node)} nodes are bad: look for what they share (driver, image, file system)"
+    judged = {report.node for report in reports} | set(broken)
+    if len(judged) > _FEW_NODES and 2 * len(broken) > len(judged):
+        what = f"{len(broken)} of {len(judged)} nodes are bad: look for what they share (driver, image, file system)"
         job.append(bad("nodes", f"{what}; none is excluded"))
         broken = []
     verdicts = (NodeVerdict(node, tuple(findings), node in broken) for node, findings in by_node.items())
@@ -261,11 +264,14 @@ def _rates_of(report: RankReport) -> list[float]:
     return [rate for rate in report.pairs.values() if rate is not None]
 
 
-def _note_absent(absent: Sequence[Absent]) -> _Blamed:
+def _note_absent(absent: Sequence[Absent], *, num_nodes: int) -> _Blamed:
+    """A node that is missing is to blame; many that are missing are slow to start, and training waits longer."""
+    named = {missing.node for missing in absent if missing.node}
+    many = len(named) > _FEW_ABSENT or (len(named) > 1 and 2 * len(named) >= num_nodes)
     for missing in absent:
         ranks = ", ".join(map(str, missing.ranks[:16])) + (", ..." if len(missing.ranks) > 16 else "")
         text = f"rank(s) {ranks} {missing.why}" if ranks else missing.why
-        yield missing.node or None, bad("presence", text)
+        yield missing.node or None, Finding(PRESENCE, Level.BAD if missing.node and not many else Level.WARNING, text)
 
 
 def _move_shared(by_node: dict[str, list[Finding]]) -> Iterator[Finding]:

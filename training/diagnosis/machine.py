@@ -123,6 +123,15 @@ def look_at_load() -> Finding:
     return ok("load", text)
 
 
+def look_at_cores(cores: int, *, workers: int) -> Finding:
+    """Whether a rank's processes have a core each. Without --cpus-per-task SLURM gives each task a single one."""
+    text = f"{cores} for a rank with {workers} loader worker(s)"
+    if cores < workers + 1:
+        remedy = f"--cpus-per-task {workers + 1}, or fewer --workers"
+        return warning("CPU cores", f"{text}: they take turns, and the GPU waits for data; {remedy}")
+    return ok("CPU cores", text)
+
+
 def look_at_ports(directory: Path) -> Finding:
     """InfiniBand, RoCE and EFA ports. Some are down on every node, never cabled: only the comparison of nodes tells."""
     ports = sorted(directory.glob("*/ports/*"))

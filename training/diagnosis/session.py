@@ -12,10 +12,11 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from threading import Timer
 from typing import cast
@@ -25,6 +26,7 @@ import torch
 from slurm.bad_nodes import BAD_NODES_FILE, record_suspects
 from slurm.environment import Task, host_suffix, is_in_job, is_in_step, master_address, master_ports, read_task
 from training.config import Config
+from training.diagnosis.complaints import clear_complaints, complaining_after, read_complaints
 from training.diagnosis.examine import QUICK, THOROUGH, Member, Subject, Team, choose_devices, examine
 from training.diagnosis.findings import RankReport
 from training.diagnosis.judge import Absent, Diagnosis, judge
@@ -35,10 +37,11 @@ from training.resilience.exit_codes import BAD_USAGE, NODE_SUSPECTED
 
 logger = logging.getLogger(__name__)
 
-_ARRIVAL_LIMIT_S = 60.0
 _REPORT_LIMIT_S = 30.0
 _EXAMINATION_LIMIT_S = 200.0
 _LEAVING_LIMIT_S = 3.0
+_NOT_EXAMINED = 1
+"""The nodes did not meet here: no verdict, and no reason to refuse the job. Training meets in a way of its own."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Order:
     run: Path | None
     json_file: Path | None
     quick: bool
-    arrival_limit_s: float = _ARRIVAL_LIMIT_S
+    arrival_limit_s: float
+    """How long rank 0 waits for the others, and they for it."""
 
 
 def hold_session(order: Order, environment: Mapping[str, str]) -> int:
@@ -60,7 +64,9 @@ def hold_session(order: Order, environment: Mapping[str, str]) -> int:
     """
     place = find_place(environment)
     node = node_name(environment)
-    with _ending_in_any_case(place, node, order.arrival_limit_s + _EXAMINATION_LIMIT_S):
+    # Whoever waits for rank 0 first may then wait with it for others.
+    waits = 1 if place.rank == 0 else 2
+    with _ending_in_any_case(place, node, waits * order.arrival_limit_s + _EXAMINATION_LIMIT_S):
         return _hold(order, environment, place, node)
 
 
@@ -70,10 +76,10 @@ def _hold(order: Order, environment: Mapping[str, str], place: Place, node: str)
         report = _examine(order, environment, place, node, Team((member,)), secrets.token_hex(4), None)
         return _conclude(order, environment, [report], ())
     try:
-        roll_call = _join(order, environment, place)
+        roll_call = _join(order, environment, place, node)
     except RuntimeError as error:
         logger.error("%s: %s", node, error)
-        return BAD_USAGE if place.rank == 0 else 0
+        return _NOT_EXAMINED if place.rank == 0 else 0
     return _hold_together(order, environment, place, node, roll_call)
 
 
@@ -100,7 +106,13 @@ def _hold_together(order: Order, environment: Mapping[str, str], place: Place, n
         return 0
     texts = roll_call.collect("report", [member.rank for member in team.members], timeout_s=_REPORT_LIMIT_S)
     reports = [RankReport.from_json(texts[rank]) for rank in sorted(texts)]
-    absent = find_absent(place.world_size, team, set(texts), expected=_expected_ranks(environment))
+    absent = find_absent(
+        place.world_size,
+        team,
+        set(texts),
+        expected=_expected_ranks(environment),
+        complaining=_hear_complaints(order, environment),
+    )
     code = _conclude(order, environment, reports, absent)
     roll_call.note("verdict", str(code))
     roll_call.collect("left", [rank for rank in texts if rank != 0], timeout_s=_LEAVING_LIMIT_S)
@@ -119,16 +131,20 @@ def node_name(environment: Mapping[str, str]) -> str:
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def find_absent(world_size: int, team: Team, reported: set[int], *, expected: Mapping[str, int]) -> tuple[Absent, ...]:
+def find_absent(
+    world_size: int, team: Team, reported: set[int], *, expected: Mapping[str, int], complaining: Collection[str] = ()
+) -> tuple[Absent, ...]:
     """Who did not come, and who came and fell silent. Pure.
 
     Args:
         expected: ranks on each node, by SLURM; empty where there is none.
+        complaining: nodes that say themselves that they do not reach rank 0. One that is only late says nothing.
     """
     silent_nodes = [node for node in expected if not team.on(node)]
-    if len(silent_nodes) > 1 and len(team.nodes) == 1:
-        why = f"none of the other {len(silent_nodes)} nodes could reach this one: its network is broken"
-        return (Absent(team.nodes[0], (), why),)
+    unheard = [node for node in silent_nodes if node in complaining]
+    if len(silent_nodes) > 1 and len(team.nodes) == 1 and 2 * len(unheard) > len(silent_nodes):
+        why = f"{len(unheard)} of the other {len(silent_nodes)} nodes say that they do not reach it"
+        return (Absent(team.nodes[0], (), f"{why}: its network is broken"),)
     absent = [Absent(node, (), "none of its ranks came in time") for node in silent_nodes]
     for node, count in expected.items():
         if 0 < len(team.on(node)) < count:
@@ -149,7 +165,16 @@ def _expected_ranks(environment: Mapping[str, str]) -> dict[str, int]:
     return {} if task is None else dict(zip(task.nodes, task.tasks_per_node, strict=True))
 
 
-def _join(order: Order, environment: Mapping[str, str], place: Place) -> RollCall:
+def _hear_complaints(order: Order, environment: Mapping[str, str]) -> set[str]:
+    task = read_task(environment)
+    if task is None or order.run is None:
+        return set()
+    found = read_complaints(order.run, task.identity)
+    clear_complaints(order.run)
+    return found
+
+
+def _join(order: Order, environment: Mapping[str, str], place: Place, node: str) -> RollCall:
     task = read_task(environment)
     host, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
     if task is None and not (host and port):
@@ -163,7 +188,8 @@ def _join(order: Order, environment: Mapping[str, str], place: Place) -> RollCal
     if port and not port.isdecimal():
         raise ValueError(f"MASTER_PORT={port!r} is not a number: unset it, or correct it")
     ports = (int(port),) if port else master_ports(cast(Task, task))
-    return RollCall(
+    join = partial(
+        RollCall,
         host,
         ports,
         identity=environment.get("TORCHELASTIC_RUN_ID", "") if task is None else task.identity,
@@ -171,6 +197,11 @@ def _join(order: Order, environment: Mapping[str, str], place: Place) -> RollCal
         world_size=place.world_size,
         timeout_s=order.arrival_limit_s,
     )
+    if place.rank == 0 or task is None or order.run is None:
+        return join()
+    # Early enough for a rank 0 that came first to read it.
+    with complaining_after(order.arrival_limit_s / 2, order.run, node=node, identity=task.identity):
+        return join()
 
 
 def _member(order: Order, place: Place, node: str) -> Member:

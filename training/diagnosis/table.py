@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from slurm.node_list import compress
 from training.diagnosis.findings import Finding, Level, RankReport, Rate
-from training.diagnosis.judge import Diagnosis, NodeVerdict
+from training.diagnosis.judge import PRESENCE, Diagnosis, NodeVerdict
 
 _WORDS = {Level.OK: "ok", Level.UNKNOWN: "ok", Level.WARNING: "look", Level.BAD: "BAD"}
 _SIGNS = {Level.OK: "ok", Level.UNKNOWN: "?", Level.WARNING: "look", Level.BAD: "BAD"}
@@ -30,9 +30,18 @@ def render(diagnosis: Diagnosis, reports: Sequence[RankReport]) -> str:
         )
     elif diagnosis.exit_code:
         parts.append("No node is to be excluded; what is bad must be mended first.\n")
+    elif _some_are_missing(diagnosis):
+        parts.append(
+            "No node is to be excluded. Nobody is blamed for who is missing: training waits longer for them.\n"
+        )
     else:
         parts.append(f"All {len(diagnosis.nodes)} node(s) can be trained on.\n")
     return "\n".join(part for part in parts if part)
+
+
+def _some_are_missing(diagnosis: Diagnosis) -> bool:
+    findings = [*diagnosis.job, *(finding for verdict in diagnosis.nodes for finding in verdict.findings)]
+    return any(finding.check == PRESENCE for finding in findings)
 
 
 def _table(diagnosis: Diagnosis, reports: Sequence[RankReport]) -> str:

@@ -9,7 +9,7 @@ rules of precision are those of DDP, in which autocast decides operation by oper
 
     blocks             gathered in the type of --precision, if all they do allows it: half of the bytes to send
     all the rest       gathered in fp32: embeddings begin the residual stream, and with it the sums of all blocks
-    logit_scale        whole on every rank, in fp32, as all parameters of a single element
+    logit_scale        whole on every rank, in fp32, as all single numbers, and vectors such as layer scale
     gradients          summed over ranks in fp32
     inputs of blocks   as they are: FSDP would round a residual stream that autocast keeps in fp32
 """
@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from models.transformer import LayerNorm
+from models.transformer import Attention, LayerNorm
 from training.config import EngineConfig
 from training.distributed.initial_weights import check_no_meta_tensors, send_weights
 from training.distributed.mesh import build_mesh
@@ -40,6 +40,11 @@ from training.distributed.sharding import register_sharding
 
 logger = logging.getLogger(__name__)
 
+_CAST_BY_AUTOCAST = (
+    *(nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, Attention),
+    *(nn.LayerNorm, nn.GroupNorm, _BatchNorm),
+)
+"""Modules whose vectors go through operations for which autocast chooses the precision."""
 _FORWARD_METHODS = ("encode_image", "encode_text")
 """What evaluation calls instead of ``forward``."""
 
@@ -136,7 +141,7 @@ def fully_shard_blocks(
     """Applies FSDP2 in place; ``register_sharding`` is left to do."""
     options: dict[str, Any] = {
         "mesh": mesh,
-        "ignored_params": {parameter for parameter in model.parameters() if parameter.numel() == 1},
+        "ignored_params": _whole_parameters(model),
     }
     if config.fsdp_offload_cpu:
         options["offload_policy"] = CPUOffloadPolicy()
@@ -153,6 +158,20 @@ def fully_shard_blocks(
     for method in _FORWARD_METHODS:
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
+
+
+def _whole_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Single numbers, and vectors that a block multiplies with by itself, such as layer scale.
+
+    Autocast casts what goes into products and convolutions. A vector beside them stays fp32 and raises the residual
+    stream to fp32; gathered in lower precision it would lower it.
+    """
+    whole = {parameter for parameter in model.parameters() if parameter.numel() == 1}
+    for block in tower_blocks(model):
+        for module in block.modules():
+            if not isinstance(module, _CAST_BY_AUTOCAST):
+                whole |= {parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 1}
+    return whole
 
 
 def _policy(param_dtype: torch.dtype | None) -> MixedPrecisionPolicy:

@@ -19,6 +19,9 @@ from training.distributed.store_calls import answer_within
 
 _POLL_S = 0.1
 _ATTEMPT = timedelta(seconds=3)
+_OPENING = timedelta(seconds=10)
+"""Rank 0 is its own first client, and may not find itself: the name of its node may be unknown on it."""
+_REQUEST = timedelta(minutes=5)
 
 
 class RollCall:
@@ -51,14 +54,23 @@ class RollCall:
     def _open(self, ports: Sequence[int]) -> Store:
         for port in ports:
             try:
-                return TCPStore(
-                    self.host, port, self.world_size, is_master=True, wait_for_workers=False, multi_tenant=True
+                store = TCPStore(
+                    self.host,
+                    port,
+                    self.world_size,
+                    is_master=True,
+                    timeout=_OPENING,
+                    wait_for_workers=False,
+                    multi_tenant=True,
                 )
             except RuntimeError as error:
                 said = str(error).splitlines()[0]
+            else:
+                store.set_timeout(_REQUEST)
+                return store
         raise RuntimeError(
             f"rank 0 cannot listen at {self.host}, port {' or '.join(map(str, ports))} ({said}): another process may "
-            "have it; export another MASTER_PORT"
+            "have it (export another MASTER_PORT), or this node does not know itself by that name (--slurm-host-suffix)"
         )
 
     def _find(self, ports: Sequence[int], identity: str, timeout_s: float) -> Store:
@@ -84,7 +96,7 @@ class RollCall:
     def _connect(self, port: int) -> tuple[Store, str]:
         store = TCPStore(self.host, port, self.world_size, timeout=_ATTEMPT, wait_for_workers=False)
         identity = bytes(store.get("identity")).decode()
-        store.set_timeout(timedelta(minutes=5))
+        store.set_timeout(_REQUEST)
         return store, identity
 
     def part(self, name: str) -> Store:

@@ -157,10 +157,21 @@ def begin_step(model: nn.Module) -> None:
     if model not in _SHARDINGS:
         return
     reshard(model)
-    for module in model.modules():
-        if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
-            for buffer in module.buffers():
-                broadcast_tensor(buffer, 0)  # collective: all ranks
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+    ]
+    _send_together([buffer for norm in norms for buffer in norm.buffers()])  # collective: all ranks
+
+
+def _send_together(buffers: Sequence[Tensor]) -> None:
+    """Rank 0's values on every rank, in one message for each type. Collective: all ranks."""
+    for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
+        same = [buffer for buffer in buffers if buffer.dtype == dtype]
+        flat = broadcast_tensor(torch.cat([buffer.reshape(-1) for buffer in same]), 0)  # collective: all ranks
+        for buffer, values in zip(same, flat.split([buffer.numel() for buffer in same]), strict=True):
+            buffer.copy_(values.view_as(buffer))
 
 
 def exchange_gradients(model: nn.Module, wanted: bool) -> None:
@@ -197,7 +208,7 @@ class ShardSums:
 
     def __init__(self, model: nn.Module) -> None:
         sharding = _SHARDINGS[model]
-        self._process_group, self._device = sharding.process_group, sharding.device
+        self._process_group, self.device = sharding.process_group, sharding.device
         counts_whole = sharding.group.index == 0
         self._counts = {
             parameter: counts_whole or name in sharding.placements for name, parameter in sharding.local.items()
@@ -221,8 +232,8 @@ class ShardSums:
         key = tuple(map(id, parameters))
         if key not in self._masks:
             counts = [self._counts[cast(nn.Parameter, parameter)] for parameter in parameters]
-            self._masks[key] = torch.tensor(counts, device=self._device)
-        own = sums.to(self._device)
+            self._masks[key] = torch.tensor(counts, device=self.device)
+        own = sums.to(self.device)
         total = torch.where(self._masks[key], own, torch.zeros_like(own))
         dist.all_reduce(total, group=self._process_group)  # collective: all ranks
         return total.to(sums.device)  # host sync if shards are in host memory
@@ -233,14 +244,14 @@ class ShardSums:
         Args:
             parameters: of all vectors, in order.
         """
-        total = self(torch.cat([part.to(self._device) for part in sums]), parameters)
+        total = self(torch.cat([part.to(self.device) for part in sums]), parameters)
         parts = total.split([len(own) for own in sums])
         return [part.to(own.device) for own, part in zip(sums, parts, strict=True)]
 
     def norm(self, gradients: Sequence[tuple[nn.Parameter, Tensor]]) -> Tensor:
         """L2 norm of all of them together, 0-D, on the device. Collective: all ranks; no host sync."""
         norms = torch._foreach_norm([gradient for _, gradient in gradients], dtype=torch.float32)
-        squares = torch.stack([norm.to(self._device) for norm in norms]).square()
+        squares = torch.stack([norm.to(self.device) for norm in norms]).square()
         return self(squares, [parameter for parameter, _ in gradients]).sum().sqrt()
 
 

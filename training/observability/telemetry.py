@@ -82,7 +82,7 @@ class Telemetry:
                 scalars |= self._probe.measure(batch.images[:_SAMPLES], few)
             vectors = [torch.stack([value.float() for value in scalars.values()])]
             vectors += [torch.zeros_like(vectors[0][:1]) if skipped is None else skipped.reshape(1).float()]
-            columns = _columns(statistics)
+            columns = {name: column.to(vectors[0].device) for name, column in _columns(statistics).items()}
             numbers: list[float] = torch.cat([*vectors, *columns.values()]).tolist()  # host sync
         measured = dict(zip(scalars, numbers, strict=False)) | _device_memory(batch.images.device)
         was_skipped, rest = numbers[len(scalars)], numbers[len(scalars) + 1 :]

@@ -98,12 +98,11 @@ class UpdateMeter:
         for chunk in _chunks(slots):
             pieces += chunk
             columns.append(torch.stack(self._measure_chunk(slots, chunk, has_moments=has_moments)))
-        device = columns[0].device
+        # With shards in host memory columns come from there and from the device.
+        device = columns[0].device if self._shard_sums is None else self._shard_sums.device
         if present not in self._layouts:
             self._layouts[present] = torch.tensor([piece.slot for piece in pieces], device=device)
-        rows = torch.cat(
-            [column.to(device) for column in columns], dim=1
-        )  # [Q, pieces]; Q quantities, each a sum over the piece
+        rows = torch.cat([column.to(device) for column in columns], dim=1)  # [Q, pieces]; Q sums over each piece
         sums = rows.new_zeros(len(rows), len(slots)).index_add_(1, self._layouts[present], rows)  # -> [Q, T]
         if self._shard_sums is not None:
             sums = self._shard_sums(sums, [slot.parameter for slot in slots])  # collective: all ranks
@@ -141,7 +140,7 @@ class UpdateMeter:
         grads, weights, second, surprise, updates = sums.unbind()
         sizes = [float(self._size(slot.parameter)) for slot in slots]
         rms = torch.stack(torch._foreach_div(list(surprise.unbind()), sizes)).sqrt()
-        norms = updates.sqrt() * self._step_sizes(slots)
+        norms = updates.sqrt() * self._step_sizes(slots, device=sums.device)
         if isinstance(self._optimizer, StableAdamW):
             norms = norms / rms.clamp_min(1.0)
         second = torch.stack(torch._foreach_div(list(second.unbind()), sizes))
@@ -150,13 +149,13 @@ class UpdateMeter:
     def _size(self, parameter: nn.Parameter) -> int:
         return parameter.numel() if self._shard_sums is None else self._shard_sums.size(parameter)
 
-    def _step_sizes(self, slots: Sequence[_Slot]) -> Tensor:
+    def _step_sizes(self, slots: Sequence[_Slot], *, device: torch.device) -> Tensor:
         """Learning rate over the first moment's bias correction, by tensor: [T]."""
         sizes: dict[int, Tensor] = {}
         for slot in slots:
             if id(slot.group) not in sizes:
                 step = self._optimizer.state[slot.parameter]["step"]
-                correction = _correction(step, slot.group["betas"][0], device=slot.parameter.device)
+                correction = _correction(step, slot.group["betas"][0], device=device)
                 sizes[id(slot.group)] = slot.group["lr"] / correction
         return torch.stack([sizes[id(slot.group)] for slot in slots])
 

@@ -6,7 +6,9 @@ number, for a node that was started again; the scheduler, for everything else.
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -20,7 +22,7 @@ _ENDED_STATES = {
     *("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "REVOKED", "SPECIAL_EXIT", "TIMEOUT"),
 }
 """Of a job of SLURM none of whose processes runs (any more, or yet again). COMPLETING is none: they may linger."""
-_SQUEUE_TIMEOUT_S = 60.0
+_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def this_process(environment: Mapping[str, str] = os.environ) -> Owner:
         namespace=_link("/proc/self/ns/pid"),
         pid=os.getpid(),
         started=_start_time(os.getpid()),
-        cluster=environment.get("SLURM_CLUSTER_NAME", ""),
+        # Jobs have the variable, login nodes have not: both must name the same cluster.
+        cluster=environment.get("SLURM_CLUSTER_NAME") or _cluster_name(),
         job=environment.get("SLURM_JOB_ID", ""),
         step=environment.get("SLURM_STEP_ID", environment.get("SLURM_STEPID", "")),
         restart=int(restart) if restart.isdecimal() else 0,
@@ -126,17 +129,34 @@ def _why_ended_by_scheduler(owner: Owner) -> str | None:
 
 def _squeue(*arguments: str, job: str) -> list[str] | None:
     """The words it prints about a job; empty if it knows no such job, None if it cannot be asked."""
-    program = shutil.which("squeue")
-    if program is None:
-        return None
-    command = [program, "--noheader", f"--jobs={job}", *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SQUEUE_TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+    done = _ask("squeue", "--noheader", f"--jobs={job}", *arguments)
+    if done is None:
         return None
     if done.returncode != 0:
         return [] if "Invalid job id" in done.stderr else None
     return done.stdout.split()
+
+
+@functools.cache
+def _cluster_name() -> str:
+    """The cluster whose SLURM answers here; empty if none does."""
+    done = _ask("scontrol", "show", "config")
+    if done is None or done.returncode != 0:
+        return ""
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", done.stdout, re.MULTILINE)
+    return found[1] if found is not None else ""
+
+
+def _ask(name: str, *arguments: str) -> subprocess.CompletedProcess[str] | None:
+    """A program of SLURM's; None where it is not installed or does not answer."""
+    program = shutil.which(name)
+    if program is None:
+        return None
+    command = [program, *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
 
 def _start_time(pid: int) -> str:
