@@ -209,13 +209,13 @@ FLAGS: tuple[Flag, ...] = (
     _refused("use-naflex", "switch", False, _NO_NAFLEX, origin="HEAD"),
     _refused("force-naflex-vision", "switch", False, _NO_NAFLEX, origin="HEAD"),
     # loss
-    _on("local-loss", "switch", "Rows of this rank against all columns; the gradient is the same either way."),
-    _on("gather-with-grad", "switch", "Gather features with their gradient; the gradient is the same either way."),
+    _on("local-loss", "switch", "No effect: the loss is local either way, and its gradient is that of the global batch."),
+    _on("gather-with-grad", "switch", "No effect: texts are gathered with their gradient either way."),
     _on("siglip", "switch", "Pairwise sigmoid loss, with its initial scale and bias."),
     _on(
         "loss-dist-impl",
         "text",
-        "How SigLIP exchanges text features between ranks; all ways give the same gradient.",
+        "No effect: all ways give the same loss, which gathers the texts of all ranks once.",
         choices=("bidir", "shift", "reduce", "gather"),
     ),
     _no_effect("coca-caption-loss-weight", "number", 2.0, _NO_COCA),
