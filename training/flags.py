@@ -209,7 +209,7 @@ FLAGS: tuple[Flag, ...] = (
     _refused("use-naflex", "switch", False, _NO_NAFLEX, origin="HEAD"),
     _refused("force-naflex-vision", "switch", False, _NO_NAFLEX, origin="HEAD"),
     # loss
-    _on("local-loss", "switch", "No effect: the loss is local either way, and its gradient is that of the global batch."),
+    _on("local-loss", "switch", "No effect: the loss is local either way, with the gradient of the global batch."),
     _on("gather-with-grad", "switch", "No effect: texts are gathered with their gradient either way."),
     _on("siglip", "switch", "Pairwise sigmoid loss, with its initial scale and bias."),
     _on(
