@@ -14,6 +14,7 @@ from torch import nn
 from models.factory import BuiltModel, create_model
 from models.locking import lock_image_tower, lock_text_tower
 from models.text_form import build_packer
+from models.tokenizer import build_tokenizer
 from training.checkpoint.checkpointer import Checkpointer
 from training.checkpoint.run_state import RunParts
 from training.checkpoint.saver import Saver
@@ -21,17 +22,29 @@ from training.cli import config_values
 from training.config import Config, ModelConfig, ScheduleConfig
 from training.data.accounting import FEWEST_SLOTS, BadSampleBudget
 from training.data.batch import Batch, DeviceBatch, to_device
+from training.data.build import build_train_loader
 from training.data.loader import TrainLoader
 from training.data.meter import DataMeter
-from training.data.prefetch import load_to_device
+from training.data.prefetch import load_to_device, pin
 from training.distributed.collectives import all_reduce_sum, gather_objects
 from training.distributed.parallelize import is_sharded, parallelize
 from training.distributed.runtime import Runtime, collective_timeout
+from training.measurement import Measurement
+from training.observability.reporter import Reporter
+from training.observability.telemetry import Telemetry
+from training.optim.optimizer import build_optimizer
 from training.optim.schedule import build_schedule as build_lr_schedule
+from training.optim.stable_adamw import StableAdamW
 from training.plan import TrainPlan
 from training.precision import Precision, cast_parameters
-from training.run import Run
+from training.resilience.escalation import Escalation
+from training.resilience.guard import StepGuard
+from training.resilience.preemption import Preemption
+from training.resilience.watchdog import Watchdog
+from training.run import Run, open_events
 from training.state import TrainState
+from training.supervisor import Supervisor, Watch
+from training.train_step import TrainStep
 
 
 class TrainedModel(NamedTuple):
@@ -107,6 +120,108 @@ def _lock_towers(built: BuiltModel, config: ModelConfig) -> None:
             unlocked_layers=config.lock_text_unlocked_layers,
             freeze_layer_norm=config.lock_text_freeze_layer_norm,
         )
+
+
+def build_loader(run: Run, built: BuiltModel) -> TrainLoader:
+    """The loader of the training data; its first sample has been looked at."""
+    config, runtime = run.config, run.runtime
+    loader = build_train_loader(
+        config.data,
+        config.image,
+        preprocess=built.preprocess,
+        tokenizer=build_tokenizer(built.config, cache_dir=config.model.cache_dir),
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        accum_freq=config.engine.accum_freq,
+        seed=config.engine.seed,
+        pin=pin if runtime.device.type == "cuda" else None,
+    )
+    loader.check_first_sample()
+    return loader
+
+
+def build_plan(run: Run, loader: TrainLoader) -> TrainPlan:
+    """How many steps of how many samples."""
+    config = run.config
+    return TrainPlan(
+        steps_per_epoch=loader.num_batches // config.engine.accum_freq,
+        epochs=config.schedule.epochs,
+        accum_freq=config.engine.accum_freq,
+        samples_per_step=config.data.batch_size * run.runtime.world_size * config.engine.accum_freq,
+        log_every_n_steps=config.logging.log_every_n_steps,
+        log_metric_every_n_steps=config.logging.log_metric_every_n_steps,
+    )
+
+
+def build_parts(run: Run, built: BuiltModel, loader: TrainLoader, *, precision: Precision) -> RunParts:
+    """What a checkpoint holds."""
+    config, runtime = run.config, run.runtime
+    optimizer = build_optimizer(built.model, config.optim)
+    guard = StepGuard(
+        config.resilience,
+        device=runtime.device,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        all_reduce_sum=all_reduce_sum,
+    )
+    escalation = Escalation(config.resilience, clips_updates=isinstance(optimizer, StableAdamW))
+    return RunParts(
+        built.model, optimizer, precision.grad_scaler(), loader, TrainState(), guard=guard, escalation=escalation
+    )
+
+
+def build_supervisor(
+    run: Run,
+    parts: RunParts,
+    *,
+    saver: Saver | None,
+    reporter: Reporter | None,
+    preemption: Preemption,
+    watchdog: Watchdog,
+    beta2: float | None,
+) -> Supervisor:
+    """What decides between steps."""
+    assert parts.guard is not None
+    assert parts.escalation is not None
+    events = open_events(run, reporter, first_step=parts.state.step)
+    return Supervisor(
+        Watch(parts.guard, parts.escalation, preemption, watchdog, events),
+        config=run.config.resilience,
+        parts=parts,
+        saver=saver,
+        reporter=reporter,
+        root=run.paths.root if run.paths else None,
+        runtime=run.runtime,
+        beta2=beta2,
+    )
+
+
+def build_measurement(
+    run: Run,
+    parts: RunParts,
+    plan: TrainPlan,
+    *,
+    train_step: TrainStep,
+    supervisor: Supervisor,
+    reporter: Reporter | None,
+) -> Measurement:
+    """What a run measures of itself."""
+    telemetry = Telemetry(
+        parts.model,
+        parts.optimizer,
+        every=run.config.resilience.telemetry_every_n_steps,
+        autocast=train_step.precision.autocast,
+    )
+    return Measurement(
+        plan,
+        parts=parts,
+        compute_clock=train_step.compute_clock,
+        meter=build_meter(run, parts.loader),
+        telemetry=telemetry,
+        supervisor=supervisor,
+        reporter=reporter,
+        runtime=run.runtime,
+    )
 
 
 def build_device_loading(

@@ -21,10 +21,14 @@ from models.tokenizer import build_tokenizer
 from training.assembly import (
     TrainedModel,
     build_device_loading,
-    build_meter,
+    build_loader,
+    build_measurement,
     build_model,
+    build_parts,
+    build_plan,
     build_saver,
     build_schedule,
+    build_supervisor,
     build_trained_model,
     seed_all,
     set_device_defaults,
@@ -34,16 +38,11 @@ from training.checkpoint.epoch_loading import restore_weights
 from training.checkpoint.manifest import DamagedCheckpoint
 from training.checkpoint.mirror import FINISH_TIMEOUT_S, SIGNAL_TIMEOUT_S, Mirror
 from training.checkpoint.run_state import RunParts, names_a_run, restore
-from training.checkpoint.saver import Saver
 from training.cli import Parsed, parse_or_exit
 from training.config import Config
 from training.data.accounting import DataBudgetExceeded
-from training.data.build import build_train_loader
 from training.data.epoch import has_train_data
-from training.data.loader import TrainLoader
-from training.data.prefetch import pin
 from training.data.storage import StorageError
-from training.distributed.collectives import all_reduce_sum
 from training.distributed.failure import fail_together
 from training.distributed.flight_recorder import FlightRecorder
 from training.distributed.hang_board import HangBoard
@@ -52,18 +51,13 @@ from training.distributed.runtime import Runtime, close_runtime, collective_time
 from training.evaluation.evaluate import build_evaluators, evaluate
 from training.evaluation.evaluators import Evaluator
 from training.losses.build import build_loss
-from training.measurement import Measurement
 from training.observability.console import set_up_logging
 from training.observability.reporter import Reporter
 from training.observability.sinks import evaluated_epochs
-from training.observability.telemetry import Telemetry
-from training.optim.optimizer import build_optimizer
-from training.optim.stable_adamw import StableAdamW
 from training.plan import TrainPlan
 from training.precision import Precision, build_precision, cast_parameters
 from training.resilience.escalation import Escalation
 from training.resilience.exit_codes import BAD_USAGE, DO_NOT_REQUEUE
-from training.resilience.guard import StepGuard
 from training.resilience.heartbeat import Heartbeat, killed_ranks
 from training.resilience.lease import LeaseLost
 from training.resilience.preemption import Preemption
@@ -74,15 +68,13 @@ from training.run import (
     agreed_branch_point,
     agreed_resume_path,
     build_reporter,
-    open_events,
     open_run,
     open_trace,
     record_settings,
     record_start,
     start_mirror,
 )
-from training.state import TrainState
-from training.supervisor import Supervisor, Watch
+from training.supervisor import Supervisor
 from training.train import train
 from training.train_step import TrainStep
 
@@ -204,9 +196,9 @@ def _build_training(
     watchdog: Watchdog,
 ) -> Callable[[], None]:
     config, built = run.config, trained.built
-    loader = _build_loader(run, built)
-    plan = _build_plan(run, loader)
-    parts = _build_parts(run, built, loader, precision=precision)
+    loader = build_loader(run, built)
+    plan = build_plan(run, loader)
+    parts = build_parts(run, built, loader, precision=precision)
     optimizer = parts.optimizer
     base_lr = float(optimizer.param_groups[0]["lr"])  # --lr, or the default of an optimizer that was given none
     beta2 = optimizer.defaults["betas"][1] if "betas" in optimizer.defaults else None
@@ -217,7 +209,7 @@ def _build_training(
     reporter = build_reporter(run, plan, loader_samples=loader.num_samples, first_step=parts.state.step)
     saver = build_saver(run, parts)
     mirror = start_mirror(run)
-    supervisor = _build_supervisor(
+    supervisor = build_supervisor(
         run, parts, saver=saver, reporter=reporter, preemption=preemption, watchdog=watchdog, beta2=beta2
     )
     train_step = TrainStep(
@@ -238,115 +230,15 @@ def _build_training(
         parts=parts,
         train_step=train_step,
         schedule=build_schedule(config.schedule, lr=base_lr, plan=plan, state=parts.state),
-        load=build_device_loading(
-            built, precision, device=run.runtime.device, text_packing=config.engine.text_packing
-        ),
+        load=build_device_loading(built, precision, device=run.runtime.device, text_packing=config.engine.text_packing),
         trace=open_trace(run, first_step=parts.state.step),
-        measurement=_build_measurement(
+        measurement=build_measurement(
             run, parts, plan, train_step=train_step, supervisor=supervisor, reporter=reporter
         ),
         evaluate=partial(_evaluate_epoch, run, built, evaluators, precision),
         saver=saver,
         supervisor=supervisor,
         mirror=mirror,
-    )
-
-
-def _build_loader(run: Run, built: BuiltModel) -> TrainLoader:
-    config, runtime = run.config, run.runtime
-    loader = build_train_loader(
-        config.data,
-        config.image,
-        preprocess=built.preprocess,
-        tokenizer=build_tokenizer(built.config, cache_dir=config.model.cache_dir),
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        accum_freq=config.engine.accum_freq,
-        seed=config.engine.seed,
-        pin=pin if runtime.device.type == "cuda" else None,
-    )
-    loader.check_first_sample()
-    return loader
-
-
-def _build_plan(run: Run, loader: TrainLoader) -> TrainPlan:
-    config = run.config
-    return TrainPlan(
-        steps_per_epoch=loader.num_batches // config.engine.accum_freq,
-        epochs=config.schedule.epochs,
-        accum_freq=config.engine.accum_freq,
-        samples_per_step=config.data.batch_size * run.runtime.world_size * config.engine.accum_freq,
-        log_every_n_steps=config.logging.log_every_n_steps,
-        log_metric_every_n_steps=config.logging.log_metric_every_n_steps,
-    )
-
-
-def _build_parts(run: Run, built: BuiltModel, loader: TrainLoader, *, precision: Precision) -> RunParts:
-    """What a checkpoint holds."""
-    config, runtime = run.config, run.runtime
-    optimizer = build_optimizer(built.model, config.optim)
-    guard = StepGuard(
-        config.resilience,
-        device=runtime.device,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        all_reduce_sum=all_reduce_sum,
-    )
-    escalation = Escalation(config.resilience, clips_updates=isinstance(optimizer, StableAdamW))
-    return RunParts(
-        built.model, optimizer, precision.grad_scaler(), loader, TrainState(), guard=guard, escalation=escalation
-    )
-
-
-def _build_supervisor(
-    run: Run,
-    parts: RunParts,
-    *,
-    saver: Saver | None,
-    reporter: Reporter | None,
-    preemption: Preemption,
-    watchdog: Watchdog,
-    beta2: float | None,
-) -> Supervisor:
-    assert parts.guard is not None
-    assert parts.escalation is not None
-    events = open_events(run, reporter, first_step=parts.state.step)
-    return Supervisor(
-        Watch(parts.guard, parts.escalation, preemption, watchdog, events),
-        config=run.config.resilience,
-        parts=parts,
-        saver=saver,
-        reporter=reporter,
-        root=run.paths.root if run.paths else None,
-        runtime=run.runtime,
-        beta2=beta2,
-    )
-
-
-def _build_measurement(
-    run: Run,
-    parts: RunParts,
-    plan: TrainPlan,
-    *,
-    train_step: TrainStep,
-    supervisor: Supervisor,
-    reporter: Reporter | None,
-) -> Measurement:
-    telemetry = Telemetry(
-        parts.model,
-        parts.optimizer,
-        every=run.config.resilience.telemetry_every_n_steps,
-        autocast=train_step.precision.autocast,
-    )
-    return Measurement(
-        plan,
-        parts=parts,
-        compute_clock=train_step.compute_clock,
-        meter=build_meter(run, parts.loader),
-        telemetry=telemetry,
-        supervisor=supervisor,
-        reporter=reporter,
-        runtime=run.runtime,
     )
 
 
