@@ -122,8 +122,16 @@ def newest_only(moment: Moment, *, step: int) -> None:
     raise Instead([moment.args[0].path(step)])
 
 
-def trust_what_is_there(moment: Moment) -> None:
-    """The protection is off: the files that are there are those of the checkpoint; at ``receipts``."""
+def trust_what_is_there(moment: Moment, *, after: str) -> None:
+    """The protection is off: the files that are there are those of the checkpoint; at ``receipts``.
+
+    Args:
+        after: a file of another writer that is waited for until it no longer grows.
+    """
+    wait_for(moment, path=str(moment.args[1] / after))
+    size = -1
+    while size != (size := (moment.args[1] / after).stat().st_size):
+        time.sleep(0.5)
     files = [path for path in moment.args[1].iterdir() if not path.name.startswith(".")]
     raise Instead({path.name: describe(path) for path in files})
 

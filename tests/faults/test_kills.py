@@ -123,9 +123,10 @@ def test_a_rank_killed_while_it_writes_its_part_leaves_no_mixed_checkpoint(
 
 
 def test_without_receipts_a_part_that_is_missing_is_not_noticed(lab: Lab) -> None:
-    """Negative control of row 7: rank 0 commits what it finds."""
+    """Negative control of row 7: rank 0 commits what it finds, before rank 1 has written its moments."""
     slow = Fault("write_file", "sleep", rank=1, call=3, with_={"seconds": 20.0})
-    trusting = Fault("receipts", "trust_what_is_there")
+    weights = {"after": "model-00001-of-00002.safetensors"}
+    trusting = Fault("receipts", "trust_what_is_there", call=1, with_=weights)  # the first save is a good one
     job = lab.start("r", plan=[*_during_second_save(lab, slow), TWO_WRITERS, trusting])
     lab.wait_for_step("r", 6)
     job.kill()
