@@ -127,7 +127,9 @@ EVERYTHING = r"""
 --remote-sync-protocol fsspec --guard off --guard-loss-z 6 --guard-grad-z 5 --guard-warmup 50 --guard-damp-steps 9
 --guard-damp-lr 0.9 --guard-damp-beta2 0.9 --guard-skip-steps 10 --guard-max-rewinds 1 --telemetry-every-n-steps 7
 --checksum-every-n-steps 11 --on-divergence rewind --timeout-start 100 --timeout-step 50 --timeout-evaluation 70
---timeout-heartbeat 9 --take-over --text-packing off
+--timeout-heartbeat 9 --take-over --text-packing off --gather-dtype bf16 --phases phases.yaml
+--attention-kernel flash --channels-last on --fp8 rowwise --grad-checkpointing-policy selective
+--grad-reduce-dtype bf16 --gc-every-n-steps 10
 """
 
 

@@ -21,6 +21,7 @@ DOCUMENT = ROOT / "docs" / "openclip_compatibility.md"
 DIFFERENT_DEFAULTS = {
     ("3.3.0", "--precision"): "amp_bf16",
     ("HEAD", "--max-image-pixels"): 89_478_485,
+    ("HEAD", "--torchcompile-strategy"): "block",
 }
 KIND_OF = {
     ("str", None): "text",

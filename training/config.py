@@ -94,6 +94,8 @@ class LossConfig:
     gather_with_grad: bool = False
     siglip: bool = False
     loss_dist_impl: str | None = None
+    gather_dtype: str = "fp32"
+    """Type in which text features, and gradients of them, go over the network."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ class ScheduleConfig:
     lr_scheduler: str = "cosine"
     lr_cooldown_end: float = 0.0
     lr_cooldown_power: float = 1.0
+    phases: str | None = None
+    """File that says how image size, batch size, text length, patch dropout and augmentation follow the samples seen."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +153,21 @@ class EngineConfig:
     accum_freq: int = 1
     text_packing: str = "auto"
     """Whether captions are computed without their padding, where that changes no feature."""
+    attention_kernel: str = "auto"
+    """Which of PyTorch's kernels computes attention without packing; ``auto`` leaves it to PyTorch."""
+    channels_last: str = "auto"
+    """Whether convolutional towers compute in NHWC order; ``auto`` is on for them on a GPU."""
+    fp8: str = "off"
+    """How the linear layers of blocks are scaled to fp8."""
     grad_checkpointing: bool = False
+    grad_checkpointing_policy: str = "full"
+    """With ``grad_checkpointing``: ``full`` keeps each block's input only, ``selective`` what is dear to compute."""
+    grad_reduce_dtype: str = "fp32"
+    """Type in which gradients go over the network."""
+    gc_every_n_steps: int = 1000
+    """Python collects garbage after every so many steps, on all ranks at once, and not in between; 0 leaves it alone."""
     torchcompile: bool = False
-    torchcompile_strategy: str = "task"
+    torchcompile_strategy: str = "block"
     torchcompile_backend: str | None = None
     torchcompile_mode: str | None = None
     seed: int = 0

@@ -89,6 +89,7 @@ _RANGES: Mapping[str, _Range] = {
     "lr_cooldown_power": _POSITIVE,
     "accum_freq": _ONE_OR_MORE,
     "fsdp_shard_ranks": _NOT_NEGATIVE,
+    "gc_every_n_steps": _NOT_NEGATIVE,
     "seed": _NOT_NEGATIVE,
     "save_frequency": _NOT_NEGATIVE,
     "save_every_n_steps": _NOT_NEGATIVE,
@@ -495,6 +496,11 @@ def _inert_groups(config: Config) -> list[tuple[bool, str, tuple[str, ...]]]:
             not config.engine.torchcompile,
             "--torchcompile is not given",
             ("torchcompile_strategy", "torchcompile_backend", "torchcompile_mode"),
+        ),
+        (
+            not config.engine.grad_checkpointing,
+            "--grad-checkpointing is not given",
+            ("grad_checkpointing_policy",),
         ),
         (
             not config.engine.fsdp,

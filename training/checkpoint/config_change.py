@@ -46,7 +46,8 @@ _BY_RULE: Mapping[Rule, tuple[str, ...]] = {
         # engine
         *("device", "dist_url", "dist_backend", "no_set_device_rank", "ddp_static_graph", "precision", "accum_freq"),
         *("slurm_host_suffix", "fsdp", "fsdp_shard_ranks", "fsdp_no_reshard_after_forward", "fsdp_offload_cpu"),
-        *("fsdp_checkpoint", "text_packing"),
+        *("fsdp_checkpoint", "text_packing", "attention_kernel", "channels_last", "fp8", "grad_checkpointing_policy"),
+        *("grad_reduce_dtype", "gc_every_n_steps", "gather_dtype"),
         *("grad_checkpointing", "torchcompile", "torchcompile_strategy", "torchcompile_backend", "torchcompile_mode"),
         "cache_dir",
         # what is saved, and how often
@@ -74,7 +75,7 @@ _BY_RULE: Mapping[Rule, tuple[str, ...]] = {
         *("local_loss", "gather_with_grad", "siglip", "loss_dist_impl", "use_bn_sync"),
         *("opt", "wd", "momentum", "opt_kwargs", "wd_exclude", "grad_clip_norm"),
         *("epochs", "epochs_cooldown", "warmup", "skip_scheduler", "lr_scheduler", "lr_cooldown_end"),
-        "lr_cooldown_power",
+        *("lr_cooldown_power", "phases"),
     ),
     Rule.OF_THE_START: ("resume", "allow_restart_from_zero", "allow_config_change", "branch_from", "take_over"),
 }
