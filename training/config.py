@@ -95,7 +95,7 @@ class LossConfig:
     siglip: bool = False
     loss_dist_impl: str | None = None
     gather_dtype: str = "fp32"
-    """Type in which text features, and gradients of them, go over the network."""
+    """Type in which text features go over the network; their gradients go in fp32."""
 
 
 @dataclass(frozen=True)
