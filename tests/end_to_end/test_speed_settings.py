@@ -1,0 +1,46 @@
+"""Settings of speed, from the flag to what a run does."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+
+import torch
+
+from tests.end_to_end.conftest import Outcome
+
+FLAGS = (
+    "--precision fp32 --device cpu --dataset-type synthetic --train-num-samples 24 --batch-size 4 --workers 0 "
+    "--epochs 1 --logs none --lr 1e-3"
+)
+COMMON = FLAGS.split()
+
+Run = Callable[[Sequence[str]], Outcome]
+
+
+def test_a_run_computes_attention_with_the_kernel_of_the_flag_and_says_so(run_here: Run, tiny_model: str) -> None:
+    done = run_here([*COMMON, "--model", tiny_model, "--attention-kernel", "math"])
+    assert done.code == 0, done.text
+    assert "Attention: math for 4 sequences of 5 image tokens, 2 heads of 16, float32." in done.text
+    refused = run_here([*COMMON, "--model", tiny_model, "--attention-kernel", "cudnn"])
+    assert refused.code != 0
+    assert "--attention-kernel cudnn cannot compute" in refused.text
+    assert "Train Epoch" not in refused.text
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_a_run_collects_garbage_after_every_nth_step_and_not_in_between(run_here: Run, tiny_model: str) -> None:
+    collected: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and gc.get_freeze_count() > 0:  # within the loop
+            collected.append(info["generation"])
+
+    gc.callbacks.append(note)
+    try:
+        done = run_here([*COMMON, "--model", tiny_model, "--gc-every-n-steps", "2"])
+    finally:
+        gc.callbacks.remove(note)
+    assert done.code == 0, done.text
+    assert collected == [2] * 5  # after steps 2, 4, 6, and after the evaluations before and behind them
+    assert gc.isenabled()
