@@ -17,7 +17,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from training.config import EngineConfig
 from training.distributed.runtime import COLLECTIVE_TIMEOUT, Runtime
+
+
+def is_sharded(config: EngineConfig, *, world_size: int) -> bool:
+    """Whether --fsdp has something to share out; alone, a process trains as without it."""
+    return config.fsdp and world_size > 1
 
 
 def build_mesh(shard_ranks: int, *, runtime: Runtime, timeout: timedelta = COLLECTIVE_TIMEOUT) -> DeviceMesh:

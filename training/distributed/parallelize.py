@@ -1,8 +1,8 @@
 """Turns a single-device model into the one that trains: the only place where it is wrapped, and in which order.
 
-    SyncBatchNorm -> activation checkpointing of blocks -> torch.compile of blocks -> DistributedDataParallel, or FSDP2
+    memory format -> SyncBatchNorm -> activation checkpointing -> torch.compile -> DistributedDataParallel, or FSDP2
 
-Each acts from outside on the model's ``image_blocks`` and ``text_blocks``; parameter names stay those of the plain one.
+Each acts from outside on the model's towers or their blocks; parameter names stay those of the plain one.
 
 With FSDP every block is a group of its own, gathered when it computes, and what is left of the model is another. The
 rules of precision are those of DDP, in which autocast decides operation by operation:
@@ -10,13 +10,12 @@ rules of precision are those of DDP, in which autocast decides operation by oper
     blocks             gathered in the type of --precision, if all they do allows it: half of the bytes to send
     all the rest       gathered in fp32: embeddings begin the residual stream, and with it the sums of all blocks
     logit_scale        whole on every rank, in fp32, as all single numbers, and vectors such as layer scale
-    gradients          summed over ranks in fp32
+    gradients          summed over ranks in the type of --grad-reduce-dtype
     inputs of blocks   as they are: FSDP would round a residual stream that autocast keeps in fp32
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 from datetime import timedelta
@@ -29,12 +28,15 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from models.transformer import Attention, LayerNorm
 from training.config import EngineConfig
+from training.distributed.activation_checkpointing import checkpoint_blocks
+from training.distributed.compilation import compile_towers
+from training.distributed.gradient_exchange import REDUCE_DTYPES, bucket_cap_mib, log_reduce_dtype, send_in_bf16
 from training.distributed.initial_weights import check_no_meta_tensors, send_weights
-from training.distributed.mesh import build_mesh
+from training.distributed.memory_format import apply_memory_format
+from training.distributed.mesh import build_mesh, is_sharded
 from training.distributed.runtime import COLLECTIVE_TIMEOUT, Runtime
 from training.distributed.sharding import register_sharding
 
@@ -47,11 +49,6 @@ _CAST_BY_AUTOCAST = (
 """Modules whose vectors go through operations for which autocast chooses the precision."""
 _FORWARD_METHODS = ("encode_image", "encode_text")
 """What evaluation calls instead of ``forward``."""
-
-
-def is_sharded(config: EngineConfig, *, world_size: int) -> bool:
-    """Whether --fsdp has something to share out; alone, a process trains as without it."""
-    return config.fsdp and world_size > 1
 
 
 def parallelize(
@@ -75,28 +72,39 @@ def parallelize(
         ValueError: --use-bn-sync or --fsdp-offload-cpu on processes without a GPU; --fsdp-shard-ranks that do not
             divide the ranks.
     """
+    shares = is_sharded(config, world_size=runtime.world_size)
+    apply_memory_format(model, config.channels_last, device=runtime.device, is_sharded=shares)
     if config.use_bn_sync and runtime.world_size > 1:
         model = _synchronize_batch_norm(model, runtime)
     if config.grad_checkpointing:
-        _checkpoint_blocks(model)
+        _checkpoint(model, policy=config.grad_checkpointing_policy)
     if config.torchcompile:
-        _compile_blocks(model, backend=config.torchcompile_backend, mode=config.torchcompile_mode)
-    if runtime.world_size == 1:
-        if config.fsdp:
-            logger.info("--fsdp has no effect: a single process holds the whole model.")
-        return model
-    if is_sharded(config, world_size=runtime.world_size):
+        compile_towers(model, config, device=runtime.device, world_size=runtime.world_size)
+    log_reduce_dtype(config.grad_reduce_dtype, world_size=runtime.world_size)
+    if shares:
         return _shard(model, config, runtime=runtime, param_dtype=param_dtype, source=source, timeout=timeout)
-    return DistributedDataParallel(
+    if runtime.world_size > 1:
+        return _replicate(model, config, runtime=runtime)
+    if config.fsdp:
+        logger.info("--fsdp has no effect: a single process holds the whole model.")
+    return model
+
+
+def _replicate(model: nn.Module, config: EngineConfig, *, runtime: Runtime) -> DistributedDataParallel:
+    replicated = DistributedDataParallel(
         model,
         device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None,
         static_graph=config.ddp_static_graph,
         # Gradients live in the communication buckets: 4 bytes per parameter and one copy less.
         gradient_as_bucket_view=True,
         find_unused_parameters=False,
+        bucket_cap_mb=bucket_cap_mib(model),
         # Rank 0's running statistics for everybody, once per step. Other buffers are constants.
         **_sync_buffers(any(_has_own_statistics(module) for module in model.modules())),
     )
+    if config.grad_reduce_dtype == "bf16":
+        send_in_bf16(replicated)
+    return replicated
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -150,11 +158,10 @@ def fully_shard_blocks(
         logger.warning("--fsdp gathers all weights at once: no tower of this model is made of repeated blocks")
     for block in blocks:
         lower = param_dtype if _may_be_lowered(block, device_type=mesh.device_type) else None
-        fully_shard(
-            block, mp_policy=_policy(lower), reshard_after_forward=not config.fsdp_no_reshard_after_forward, **options
-        )
+        policy = _policy(lower, config)
+        fully_shard(block, mp_policy=policy, reshard_after_forward=not config.fsdp_no_reshard_after_forward, **options)
     # What is outside of blocks is needed at the start of both towers and at their ends: gathered once.
-    fully_shard(model, mp_policy=_policy(None), reshard_after_forward=False, **options)
+    fully_shard(model, mp_policy=_policy(None, config), reshard_after_forward=False, **options)
     for method in _FORWARD_METHODS:
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
@@ -174,8 +181,9 @@ def _whole_parameters(model: nn.Module) -> set[nn.Parameter]:
     return whole
 
 
-def _policy(param_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
-    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+def _policy(param_dtype: torch.dtype | None, config: EngineConfig) -> MixedPrecisionPolicy:
+    reduce_dtype = REDUCE_DTYPES[config.grad_reduce_dtype]
+    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
 
 
 def _may_be_lowered(block: nn.Module, *, device_type: str) -> bool:
@@ -217,36 +225,10 @@ def _has_own_statistics(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.track_running_stats and not isinstance(module, nn.SyncBatchNorm)
 
 
-def _checkpoint_blocks(model: nn.Module) -> None:
-    """Keeps only each block's input for the backward pass and computes the rest again: about a third more time."""
-    blocks = _require_blocks(model, "--grad-checkpointing")
-    for block in blocks:
-        # An attribute on the instance hides the method of the class: no wrapper module, so no new names. Dropout draws
-        # the same masks again, because the random state is kept with the input.
-        plain = block.forward
-        block.forward = functools.partial(_checkpointed, plain)
-    logger.info("activation checkpointing: %d blocks", len(blocks))
-
-
-def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-
-def _compile_blocks(model: nn.Module, *, backend: str | None, mode: str | None) -> None:
-    """Block by block: all blocks of a tower share one compiled graph, and nothing breaks at the edges of DDP."""
-    blocks = _require_blocks(model, "--torchcompile")
-    # All blocks share one cache: two towers, the last block of each, with gradient and without, other batch sizes in an
-    # evaluation. Beyond the limit torch runs them uncompiled.
-    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-    for block in blocks:
-        block.compile(backend=backend or "inductor", mode=mode)
-    logger.info("torch.compile: %d blocks, backend %s, mode %s", len(blocks), backend or "inductor", mode or "default")
-
-
-def _require_blocks(model: nn.Module, flag: str) -> list[nn.Module]:
+def _checkpoint(model: nn.Module, *, policy: str) -> None:
     blocks = tower_blocks(model)
     if not blocks:
-        logger.warning("%s has no effect: no tower of this model is made of repeated blocks", flag)
-    return blocks
+        logger.warning("--grad-checkpointing has no effect: no tower of this model is made of repeated blocks")
+        return
+    checkpoint_blocks(blocks, policy=policy)
+    logger.info("activation checkpointing: %d blocks, %s", len(blocks), policy)
