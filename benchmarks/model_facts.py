@@ -6,8 +6,9 @@
 ``clipyard submit`` plans from this file, because a login node need not have torch. Activations are what autograd keeps
 for the backward pass under bf16 autocast, counted by hooks on tensors without memory. Two batch sizes are compared, so
 that what does not grow with the batch (weights cast to bf16) drops out. What kernels need in between is not counted.
-Captions are as long as the context and last blocks count in full, also where training computes less of them: up to one
-block too much.
+Activations are those of the code as it trains, last blocks where they are read, but with captions as long as the
+context: what a batch may need at most. Multiply-accumulates are those of the whole model, as they are published and as
+published shares of a GPU's peak count them.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Activations(NamedTuple):
     """With --grad-checkpointing: inputs of the blocks, the largest block's own, and what lies outside of blocks."""
 
 
-class _CudaAutocastPolicy(TorchFunctionMode):
+class CudaAutocastPolicy(TorchFunctionMode):
     """What autocast computes in fp32 on CUDA and not on the CPU, and what is therefore kept in fp32."""
 
     _FLOAT32 = frozenset({F.layer_norm, torch.layer_norm, F.group_norm, F.softmax, torch.softmax})
@@ -81,7 +82,7 @@ class _SavedBytes:
             handles.append(block.register_forward_pre_hook(lambda _, inputs, index=index: self._enter(index, inputs)))
             handles.append(block.register_forward_hook(lambda *_: self._leave()))
         autocast = torch.autocast("cpu", dtype=torch.bfloat16)
-        with autocast, _CudaAutocastPolicy(), torch.autograd.graph.saved_tensors_hooks(self._save, lambda saved: saved):
+        with autocast, CudaAutocastPolicy(), torch.autograd.graph.saved_tensors_hooks(self._save, lambda saved: saved):
             forward()
         for handle in handles:
             handle.remove()
@@ -121,9 +122,6 @@ def model_facts(name: str) -> dict[str, Any]:
     if config.text_cfg.hf_model_name is not None:
         raise ValueError(f"the text tower {config.text_cfg.hf_model_name} cannot run without memory")
     model = build_model(config, device="meta")
-    for module in model.modules():
-        if isinstance(module, Transformer):
-            module.whole_last_block = True
     image_macs, text_macs = _count_macs(model.eval(), config)
     blocks = [*model.image_blocks, *model.text_blocks]
     image, text = _count_activations(model.train(), config)
@@ -150,15 +148,24 @@ def _count_macs(model: Clip, config: ClipConfig) -> tuple[int, int]:
     texts = torch.zeros(1, config.text_cfg.context_length, dtype=torch.int64, device="meta")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)  # the counter's hooks want a gradient function of whatever could have one
+    compute_last_blocks(model, whole=True)
     towers: tuple[Callable[[], Tensor], ...] = (lambda: model.encode_image(images), lambda: model.encode_text(texts))
     flops = []
     for encode in towers:
         with FlopCounterMode(display=False) as counter:
             encode()
         flops.append(int(counter.get_total_flops()))
+    compute_last_blocks(model, whole=False)
     for parameter in trained:
         parameter.requires_grad_(True)
     return flops[0] // 2, flops[1] // 2
+
+
+def compute_last_blocks(model: nn.Module, *, whole: bool) -> None:
+    """For all tokens, or for those that are read."""
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.whole_last_block = whole
 
 
 def _num_parameters(module: nn.Module) -> int:
@@ -169,7 +176,7 @@ def _count_activations(model: Clip, config: ClipConfig) -> tuple[Activations, Ac
     """(image tower, text tower)."""
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.simplefilter("ignore")  # timm and autocast remark on what is meant so here
-        _to_fake_cpu(model)
+        to_fake_cpu(model)
 
         def images(batch: int) -> Tensor:
             return model.encode_image(torch.empty(batch, 3, *config.vision_cfg.image_hw))
@@ -194,7 +201,7 @@ def _per_sample(model: Clip, blocks: Sequence[nn.Module], encode: Callable[[int]
     return Activations((more_plain - plain) / difference, (more_checkpointed - checkpointed) / difference)
 
 
-def _to_fake_cpu(model: nn.Module) -> None:
+def to_fake_cpu(model: nn.Module) -> None:
     """From meta to CPU tensors without memory: autocast does nothing on meta."""
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.model_facts import compute_last_blocks
 from models.clip import Clip
 from models.factory import create_model
 from models.packing import PackedTexts, pack_texts
 from models.text_form import TextForm, choose_text_form
-from models.transformer import Transformer
 
 _LENGTHS = (8, 16, 32)
 """Of the captions that are counted. A caption's FLOPs are a polynomial of the second degree in its length: three
@@ -60,10 +60,8 @@ def training_flops_per_sample(model_name: str, lengths: Sequence[int], **options
     useful_text = Fraction(full_text) if form is TextForm.PADDED else _mean_text(model, lengths)
     computed_text = useful_text
     if form is TextForm.PACKED:
-        computed_text = Fraction(count_texts(model, packed_texts(lengths, context)), len(lengths))
-    for module in model.modules():
-        if isinstance(module, Transformer):
-            module.whole_last_block = True
+        computed_text = Fraction(count_texts(model, pack_texts(ending_at(lengths, context)).to("meta")), len(lengths))
+    compute_last_blocks(model, whole=True)
     padded = count_image(model, batch_size=1) + count_texts(model, padded_texts(1, context))
     return TrainingFlops(float(image + useful_text), float(image + computed_text), float(padded))
 
@@ -91,11 +89,11 @@ def padded_texts(batch_size: int, length: int) -> Tensor:
     return torch.zeros(batch_size, length, dtype=torch.int64, device="meta")
 
 
-def packed_texts(lengths: Sequence[int], context_length: int) -> PackedTexts:
-    """Captions of these lengths, packed as a run packs them, then moved to ``meta``."""
+def ending_at(lengths: Sequence[int], context_length: int) -> Tensor:
+    """Captions of these lengths: int64 [B, L], on the host."""
     texts = torch.zeros(len(lengths), context_length, dtype=torch.int64)
     texts[torch.arange(len(lengths)), torch.tensor(lengths) - 1] = 1  # the highest id ends a caption
-    return pack_texts(texts).to("meta")
+    return texts
 
 
 def _mean_text(model: Clip, lengths: Sequence[int]) -> Fraction:
