@@ -1,6 +1,7 @@
 """``clipyard data bench URL``: how fast this machine loads and decodes shards, and where the time goes.
 
-Loads as training does, workers and all, and drops the batches. Compare samples/s with what the model takes: loading is
+Loads as training does, workers and all, and drops the batches; with ``--decode gpu`` the JPEGs are decoded on
+``--device`` too (here, ``cpu`` where there is no GPU). Compare samples/s with what the model takes: loading is
 no limit while it is faster. Other flags of training (``--aug-cfg``, ``--json-text-key``, ...) are taken as well.
 """
 
@@ -11,14 +12,19 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
+
+import torch
 
 from models.config import PreprocessConfig, as_pair, load_model_config
 from models.tokenizer import build_tokenizer
 from training.cli import parse_args
 from training.config import Config
+from training.data.batch import BatchRecord, to_device
 from training.data.build import build_train_loader
 from training.data.loader import TrainLoader
+from training.data.prefetch import load_to_device
 
 _STAGES = ("read", "decode", "tokenize")
 _ENDLESS = 1 << 40  # samples per epoch
@@ -57,7 +63,8 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, RuntimeError) as error:
         sys.stderr.write(f"clipyard data bench: {error}\n")
         return 1
-    measured = measure(loader, seconds=arguments.seconds)
+    device = _decoding_device(config)
+    measured = measure(_records(loader, device), batch_size=loader.batch_size, seconds=arguments.seconds)
     sys.stdout.write("\n".join(report(measured, workers=config.data.workers)) + "\n")
     return 0
 
@@ -86,18 +93,35 @@ def _build_loader(config: Config) -> TrainLoader:
     )
 
 
-def measure(loader: TrainLoader, *, seconds: float) -> Measured:
+def _decoding_device(config: Config) -> torch.device | None:
+    """Where JPEGs are decoded that the workers do not decode."""
+    if config.data.decode != "gpu":
+        return None
+    return torch.device(config.engine.device if torch.cuda.is_available() else "cpu")
+
+
+def _records(loader: TrainLoader, device: torch.device | None) -> Iterator[BatchRecord]:
+    """What was loaded, batch by batch, and decoded and normalised if that is the device's part."""
+    if device is None:
+        yield from (batch.record for batch in loader)
+        return
+    convert = partial(to_device, mean=(0.5,) * 3, std=(0.25,) * 3, device=device, dtype=torch.bfloat16)
+    for batch in load_to_device(iter(loader), to_device=convert, device=device):
+        assert batch.record is not None
+        yield batch.record
+
+
+def measure(records: Iterator[BatchRecord], *, batch_size: int, seconds: float) -> Measured:
     """Loads for a while; the clock starts once the batches that were loaded while the workers started are taken."""
-    batches = iter(loader)
     for _ in range(_READY_BATCHES):
-        next(batches)
+        next(records)
     counts: Counter[str] = Counter()
     taken = 0
     start = time.perf_counter()
     while taken == 0 or time.perf_counter() - start < seconds:
-        counts += next(batches).record.counts
+        counts += next(records).counts
         taken += 1
-    return Measured(taken * loader.batch_size, time.perf_counter() - start, counts)
+    return Measured(taken * batch_size, time.perf_counter() - start, counts)
 
 
 def report(measured: Measured, *, workers: int) -> Iterator[str]:
@@ -112,6 +136,10 @@ def report(measured: Measured, *, workers: int) -> Iterator[str]:
         yield f"  {stage:<9}{spent_us / samples:>8,.0f} us per sample{spent_us / max(busy_us, 1):>7.0%}"
     waiting = max(0.0, 1 - busy_us / 1e6 / seconds / processes)
     yield f"  waiting for this process, or for a processor: {waiting:.0%} of the workers' time"
+    if counts["device_decode_us"]:
+        on_host = sum(n for name, n in counts.items() if name.startswith("decoded_on_host/"))
+        spent_us = counts["device_decode_us"]
+        yield f"decoding on the device: {spent_us / samples:,.0f} us per sample; on the host: {on_host / samples:.1%}"
     megabytes = counts["bytes_read"] / 1e6
     yield f"read {megabytes / seconds:,.1f} MB/s, {1e3 * megabytes / samples:,.1f} kB per sample"
     skipped = {name.removeprefix("skipped/"): n for name, n in counts.items() if name.startswith("skipped/")}

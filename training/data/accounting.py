@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from training.data.encoded_image import HOST_REASONS
 from training.data.storage_errors import COUNTERS as STORAGE_COUNTERS
 from training.resilience.exit_codes import BAD_DATA
 
@@ -35,6 +36,8 @@ COUNTERS = (
     "read_us",
     "decode_us",
     "tokenize_us",
+    "device_decode_us",
+    *(f"decoded_on_host/{reason}" for reason in HOST_REASONS),
     *(f"lost/{reason}" for reason in LOST_REASONS),
     *(f"skipped/{reason}" for reason in (*UNUSABLE_REASONS, "other")),
 )
@@ -136,5 +139,8 @@ def data_metrics(counts: Mapping[str, int], *, before: Mapping[str, int], elapse
     for stage in ("read", "decode", "tokenize"):
         name = f"{stage}_us"
         metrics[f"data/{name}_per_sample"] = (counts.get(name, 0) - before.get(name, 0)) / max(1, read)
-    occurred = ("lost/", "skipped/", "retries", "cache_", "worker_restarts", "lost_samples")
+    if "device_decode_us" in counts:
+        spent = counts["device_decode_us"] - before.get("device_decode_us", 0)
+        metrics["data/device_decode_us_per_sample"] = spent / max(1, read)
+    occurred = ("lost/", "skipped/", "decoded_on_host/", "retries", "cache_", "worker_restarts", "lost_samples")
     return metrics | {f"data/{name}": float(n) for name, n in counts.items() if n and name.startswith(occurred)}

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from time import perf_counter_ns
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from models.packing import PackedTexts
+from training.data.device_decode import decode_rows
+from training.data.encoded_image import EncodedImage, EncodedRows
 from training.data.lane_reader import Fault
 from training.data.lanes import LanePosition
 
@@ -32,6 +35,18 @@ class BatchBuffers(NamedTuple):
     """int64 [B, L]"""
     samples: Tensor
     """int64 [B, 3]: ``SAMPLE_COLUMNS`` of every row."""
+    encoded: EncodedRows | None = None
+    """The same memory as ``images``, for rows that are decoded on the device."""
+
+    def put_image(self, row: int, image: Tensor | EncodedImage) -> None:
+        """Writes an image, decoded or not, into its row."""
+        if isinstance(image, EncodedImage):
+            assert self.encoded is not None
+            self.encoded.put(row, image)
+            return
+        self.images[row].copy_(image)
+        if self.encoded is not None:
+            self.encoded.put_none(row)
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,8 @@ class BatchRecord:
     counts: Counter[str]
     bad_shards: Counter[str]
     faults: Sequence[Fault] = field(default_factory=list)
+    undecodable: Sequence[tuple[int, int]] = ()
+    """(slot, raw index) of samples whose images only the device found to be broken."""
 
 
 class Batch(NamedTuple):
@@ -55,6 +72,8 @@ class Batch(NamedTuple):
     texts: Tensor
     """int64 [B, L]"""
     record: BatchRecord
+    encoded: EncodedRows | None = None
+    """Of rows that are decoded on the device."""
 
 
 class DeviceBatch(NamedTuple):
@@ -85,10 +104,40 @@ def to_device(
     Args:
         pack: what becomes of the texts on the host, in new memory (``models/text_form.py``).
     """
-    images = batch.images.to(device, non_blocking=True)
+    if batch.encoded is None:
+        images = batch.images.to(device, non_blocking=True)
+    else:
+        images, batch = _decode(batch, batch.encoded, device)
     texts = pack(batch.texts).to(device, non_blocking=True)
     sources = batch.record.samples[:, SAMPLE_COLUMNS.index("source")].to(device, non_blocking=True)
     return DeviceBatch(normalize(images, mean=mean, std=std, dtype=dtype), texts, batch.record, sources)
+
+
+def _decode(batch: Batch, encoded: EncodedRows, device: torch.device) -> tuple[Tensor, Batch]:
+    """(images on the device, batch without the samples that cannot be decoded).
+
+    Such a sample's place is taken by another of the batch: where the stream stands was settled when its header and
+    its end looked whole. It counts as skipped.
+
+    Raises:
+        ValueError: none of the batch can be decoded.
+    """
+    start = perf_counter_ns()
+    images, refused, broken = decode_rows(batch.images, encoded, device=device)
+    counts = Counter({"decoded_on_host/refused": refused, "skipped/broken_image": len(broken)})
+    counts["device_decode_us"] = (perf_counter_ns() - start) // 1000
+    record = replace(batch.record, counts=batch.record.counts + counts)
+    if not broken:
+        return images, batch._replace(record=record)
+    whole = [row for row in range(len(images)) if row not in broken]
+    if not whole:
+        raise ValueError(f"None of {len(broken)} images of a batch can be decoded: `clipyard data inspect` shows why.")
+    others = [whole[place % len(whole)] for place in range(len(broken))]
+    images[broken] = images[others]
+    texts, samples = batch.texts.clone(), record.samples.clone()
+    texts[broken], samples[broken] = texts[others], samples[others]
+    lost = [(slot, index) for slot, index, _ in record.samples[broken].tolist()]
+    return images, batch._replace(texts=texts, record=replace(record, samples=samples, undecodable=lost))
 
 
 def normalize(

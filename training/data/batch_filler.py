@@ -157,7 +157,9 @@ class BatchFiller:
                 slots.add(taken.id.slot)
                 done = time.perf_counter_ns()
                 continue
-            buffers.images[row].copy_(sample.image)
+            buffers.put_image(row, sample.image)
+            if sample.on_host:
+                chunk.counts[f"decoded_on_host/{sample.on_host}"] += 1
             rows.decode_ns += time.perf_counter_ns() - start
             rows.numbers.append(row)
             rows.captions.append(sample.caption)

@@ -12,6 +12,7 @@ from models.tokenizer import Tokenizer
 from training.config import DataConfig, ImageConfig
 from training.data.csv_reader import CsvSource, CsvTable
 from training.data.decode import SampleDecoder
+from training.data.encoded_image import file_room
 from training.data.epoch import check_epoch, choose_block, choose_parts, epoch_length, lanes_of, train_data_type
 from training.data.identity import SourceDigests, digest_sources
 from training.data.jsonl_reader import JsonlTable
@@ -67,6 +68,7 @@ def build_train_loader(
         world_size=world_size,
         batch_size=config.batch_size,
         image_size=preprocess.size,
+        file_room=file_room(preprocess.size) if config.decode == "gpu" else 0,
         decoder=SampleDecoder(
             transform=build_train_transform(preprocess, image.aug_cfg, decode=config.decode),
             image_key=config.image_key,

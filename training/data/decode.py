@@ -12,6 +12,8 @@ from torch import Tensor
 from training.data.captions import CaptionReader
 from training.data.captions import decode_caption as decode_caption
 from training.data.captions import first_member as first_member
+from training.data.device_transform import DeviceTransform
+from training.data.encoded_image import DecodedOnHost, EncodedImage
 from training.data.fast_transform import FastTransform
 from training.data.image_file import ImageTransform as ImageTransform
 from training.data.image_file import UnusableSample as UnusableSample
@@ -23,9 +25,11 @@ class Sample(NamedTuple):
     """A decoded, augmented sample."""
 
     key: str
-    image: Tensor
-    """uint8 [3, H, W]."""
+    image: Tensor | EncodedImage
+    """uint8 [3, H, W], or what the device makes it from."""
     caption: str
+    on_host: str = ""
+    """Why the image was decoded here although the device was to do it."""
 
 
 class SampleDecoder:
@@ -56,10 +60,16 @@ class SampleDecoder:
                 ``caption_too_long``, ``json_broken``, ``json_too_large``, ``image_too_large`` or ``broken_image``.
         """
         caption = self.read_caption(raw, seed=seed)
-        return Sample(raw.key, self._image(raw, seed), caption)
-
-    def _image(self, raw: RawSample, seed: int) -> Tensor:
         data = first_member(raw, self.image_extensions, missing="no_image")
+        if not isinstance(self.transform, DeviceTransform):
+            return Sample(raw.key, self._image(data, seed), caption)
+        try:
+            encoded = self.transform.encode(data, seed=seed, max_pixels=self.max_image_pixels)
+        except DecodedOnHost as why:
+            return Sample(raw.key, self._image(data, seed), caption, why.reason)
+        return Sample(raw.key, encoded, caption)
+
+    def _image(self, data: bytes, seed: int) -> Tensor:
         if isinstance(self.transform, FastTransform):
             return self.transform(data, seed=seed, max_pixels=self.max_image_pixels)
         image = decode_image(data, max_pixels=self.max_image_pixels)

@@ -69,18 +69,21 @@ class FastTransform:
         mode = self.augmentation.interpolation
         return rng.choice(_INTERPOLATIONS) if mode == "random" else mode
 
+    def _draw_colours(self, rng: random.Random) -> tuple[bool, bool]:
+        """(whether to jitter, whether to make grey)"""
+        jittered = self.augmentation.jitter is not None and rng.random() < self.augmentation.jitter_probability
+        return jittered, rng.random() < self.augmentation.grey_probability
+
     def _recolour(self, image: Tensor, rng: random.Random) -> None:
         """Jitter and grey scale, in place."""
-        jitter = self.augmentation.jitter
-        jittered = jitter is not None and rng.random() < self.augmentation.jitter_probability
-        grey = rng.random() < self.augmentation.grey_probability
+        jittered, grey = self._draw_colours(rng)
         if not jittered and not grey:
             return
         pixels = image.numpy()
         planes = pixels.astype(np.float32)
         if jittered:
-            assert jitter is not None
-            jitter(planes, rng)
+            assert self.augmentation.jitter is not None
+            self.augmentation.jitter(planes, rng)
         if grey:
             to_grey(planes)
         np.copyto(pixels, planes, casting="unsafe")

@@ -36,6 +36,7 @@ _RESTARTS = 3
 """Of a rank's workers, without a batch in between."""
 _FIRST_SLOTS, _FIRST_SAMPLES = 8, 125
 _WORST_SHARDS = 20
+_SAMPLES_OF_THE_SHARE = 1000
 _HARDLY_BEGUN = 0.01
 """Of an epoch."""
 
@@ -70,6 +71,7 @@ class TrainLoader:
         requested_lanes: int = 0,
         requested_block: int = 0,
         pin: Callable[[Tensor], Callable[[], None]] | None = None,
+        file_room: int = 0,
     ) -> None:
         """
         Args:
@@ -77,6 +79,7 @@ class TrainLoader:
             num_workers: processes; 0 loads in this one.
             requested_lanes: what the user asked for; 0 keeps a resumed run's. Likewise ``requested_block``.
             pin: makes memory page-locked for copies to the device; returns what undoes that.
+            file_room: bytes of a row that may hold a JPEG for the device to decode; 0: the decoder decodes all.
         """
         self.num_batches = num_batches
         """Batches per epoch and rank."""
@@ -102,6 +105,8 @@ class TrainLoader:
         self._requested_lanes = requested_lanes
         self._requested_block = requested_block
         self._pin = pin
+        self._file_room = file_room
+        self._told_host_share = not file_room
         self._cursor = 0
         self._emitted = 0
         self._positions = [deal.start(lane, 0) for lane in self.lanes]
@@ -120,7 +125,7 @@ class TrainLoader:
     def _load_here(self) -> Iterator[Batch]:
         filler = BatchFiller(self._stream(self._positions, self._cursor))
         while True:
-            buffers = _new_buffers(self.batch_size, self._image_size, self._context_length())
+            buffers = _new_buffers(self._layout(1))
             yield _batch(buffers, [filler.fill(buffers)])
 
     def _load_in_workers(self) -> Iterator[Batch]:
@@ -150,7 +155,7 @@ class TrainLoader:
     @contextmanager
     def _workers(self, positions: Sequence[LanePosition], cursor: int) -> Iterator[WorkerPool]:
         """Workers that begin at a position, with a ring of their own: no predecessor may write into it."""
-        layout = RingLayout(_RING_SLOTS, self.batch_size, self._image_size, self._context_length())
+        layout = self._layout(_RING_SLOTS)
         ring = BatchRing(layout)
         unpin = self._pin(ring.whole()) if self._pin is not None else None
         pool = WorkerPool(self._stream(positions, cursor), layout=layout, num_workers=self.num_workers, ring=ring)
@@ -174,8 +179,9 @@ class TrainLoader:
             batch_size=self.batch_size,
         )
 
-    def _context_length(self) -> int:
-        return self._tokenizer([""]).shape[1]
+    def _layout(self, num_slots: int) -> RingLayout:
+        context_length = self._tokenizer([""]).shape[1]
+        return RingLayout(num_slots, self.batch_size, self._image_size, context_length, self._file_room)
 
     def check_first_sample(self) -> None:
         """Decodes one sample of this rank in this process: wrong keys or a dead source show before the first step.
@@ -209,12 +215,27 @@ class TrainLoader:
         self._emitted += self.batch_size * self.world_size
         self.totals.update(batch.counts)
         self.bad_shards.update(batch.bad_shards)
+        for slot, index in batch.undecodable:
+            shard = self.source.shard_name(slot)
+            self.bad_shards[shard] += 1
+            logger.warning("Sample %d of %s cannot be decoded: another of its batch was shown twice.", index, shard)
+        if not self._told_host_share and self.totals["read"] >= _SAMPLES_OF_THE_SHARE:
+            self._tell_host_share()
         for fault in batch.faults:
             lost = 0 if fault.reason == SHARD_EMPTY else self._probably_lost(fault.samples_before)
             self.totals[f"lost/{fault.reason}"] += 1
             self.totals["lost_samples"] += lost
             self.bad_shards[fault.shard] += lost
             logger.warning("About %d samples of %s are left out: %s", lost, fault.shard, fault.detail)
+
+    def _tell_host_share(self) -> None:
+        """Once: a data set that the device can do little for is loaded faster without it."""
+        self._told_host_share = True
+        prefix = "decoded_on_host/"
+        reasons = {name.removeprefix(prefix): n for name, n in self.totals.items() if name.startswith(prefix) and n}
+        if self._rank == 0:
+            share = 100 * sum(reasons.values()) / self.totals["read"]
+            logger.info("--decode gpu: %.1f %% of the images so far were decoded on the host: %s.", share, reasons)
 
     def _probably_lost(self, samples_before: int) -> int:
         """What a slot held is not known: as many as others, or as many again as could be read of it."""
@@ -337,9 +358,8 @@ class TrainLoader:
         self._positions = [self.deal.start(lane, self.deal.turn_of_slot(lane, first_slot)) for lane in self.lanes]
 
 
-def _new_buffers(batch_size: int, image_size: tuple[int, int], context_length: int) -> BatchBuffers:
-    layout = RingLayout(1, batch_size, image_size, context_length)
-    return BatchBuffers(*(torch.empty(shape, dtype=dtype) for dtype, shape in layout.parts))
+def _new_buffers(layout: RingLayout) -> BatchBuffers:
+    return layout.buffers([torch.empty(shape, dtype=dtype) for dtype, shape in layout.parts])
 
 
 def _batch(buffers: BatchBuffers, chunks: Sequence[Chunk]) -> Batch:
@@ -350,4 +370,4 @@ def _batch(buffers: BatchBuffers, chunks: Sequence[Chunk]) -> Batch:
         bad_shards=sum((chunk.bad_shards for chunk in chunks), Counter()),
         faults=[fault for chunk in chunks for fault in chunk.notes.faults],
     )
-    return Batch(buffers.images, buffers.texts, record)
+    return Batch(buffers.images, buffers.texts, record, buffers.encoded)

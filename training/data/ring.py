@@ -2,6 +2,8 @@
 
     slot 0: images [B, 3, H, W] uint8 | texts [B, L] int64 | samples [B, 3] int64     slot 1: ...
 
+Where the device decodes, a row of images is longer and holds either pixels or a file (``encoded_image.py``).
+
 The memory has no name in /dev/shm: a container's limit there does not apply, and the kernel frees it when the last
 process that maps it is gone, however it went.
 """
@@ -11,12 +13,14 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from training.data.batch import SAMPLE_COLUMNS, BatchBuffers
+from training.data.encoded_image import CROP_COLUMNS, EncodedRows
 
 _ALIGNMENT = mmap.PAGESIZE
 
@@ -29,16 +33,30 @@ class RingLayout(NamedTuple):
     image_size: tuple[int, int]
     """(height, width)"""
     context_length: int
+    file_room: int = 0
+    """Bytes of a row that may hold a file; 0: rows hold pixels only."""
 
     @property
     def parts(self) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
         """(dtype, shape) of a slot's tensors, in order."""
-        batch, (height, width) = self.batch_size, self.image_size
-        return (
-            (torch.uint8, (batch, 3, height, width)),
+        batch = self.batch_size
+        rows = (batch, self.file_room) if self.file_room else (batch, 3, *self.image_size)
+        parts = (
+            (torch.uint8, rows),
             (torch.int64, (batch, self.context_length)),
             (torch.int64, (batch, len(SAMPLE_COLUMNS))),
         )
+        return (*parts, (torch.int64, (batch, len(CROP_COLUMNS)))) if self.file_room else parts
+
+    def buffers(self, tensors: Sequence[Tensor]) -> BatchBuffers:
+        """A slot's tensors, one for each part."""
+        if not self.file_room:
+            images, texts, samples = tensors
+            return BatchBuffers(images, texts, samples)
+        rows, texts, samples, crops = tensors
+        height, width = self.image_size
+        images = rows[:, : 3 * height * width].unflatten(1, (3, height, width))  # [B, room] -> [B, 3, H, W]
+        return BatchBuffers(images, texts, samples, EncodedRows(rows, crops))
 
     @property
     def slot_bytes(self) -> int:
@@ -74,7 +92,7 @@ class BatchRing:
             count = torch.Size(shape).numel()
             tensors.append(torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape))
             offset += _padded(dtype, shape)
-        return BatchBuffers(*tensors)
+        return self.layout.buffers(tensors)
 
 
 def _padded(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -11,6 +11,8 @@ from typing import Any
 
 from models.config import PreprocessConfig
 from training.data.augmentation import build_augmentation, resolve_keys
+from training.data.device_transform import DeviceTransform
+from training.data.encoded_image import file_room
 from training.data.fast_transform import FastTransform
 from training.data.image_file import ImageTransform
 
@@ -31,7 +33,8 @@ def build_train_transform(
 
     Args:
         decode: ``fast`` takes encoded bytes and draws from OpenCLIP's distributions; ``reference`` takes PIL images
-            and has OpenCLIP's exact pixels for the same state of Python's and torch's generators.
+            and has OpenCLIP's exact pixels for the same state of Python's and torch's generators; ``gpu`` draws as
+            ``fast`` does and leaves most JPEGs to the device.
 
     Raises:
         ValueError: ``color_jitter_prob`` without a ``color_jitter`` to apply.
@@ -39,6 +42,9 @@ def build_train_transform(
     config = resolve_keys(aug_cfg)
     if decode == "fast":
         return FastTransform(preprocess.size, build_augmentation(preprocess, config))
+    if decode == "gpu":
+        room = file_room(preprocess.size)
+        return DeviceTransform(preprocess.size, build_augmentation(preprocess, config), room=room)
     from training.data.reference_transforms import build_reference_transform
 
     return build_reference_transform(preprocess, config, use_timm=bool(config.get("use_timm")))
