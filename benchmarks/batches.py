@@ -25,12 +25,16 @@ class HostBatch(NamedTuple):
 
 
 def caption_lengths(count: int, *, context_length: int, generator: torch.Generator) -> Tensor:
-    """Draw ``count`` lengths, start and end tokens included, from the recorded histogram: int64 [count]."""
+    """Draw ``count`` lengths, start and end tokens included, from the recorded histogram: int64 [count].
+
+    One from each of ``count`` equal parts of the distribution: also a small batch has its mean, not one of chance.
+    """
     histogram = json.loads(LENGTHS_FILE.read_text())["histogram"]
     lengths = torch.tensor([int(length) for length in histogram])
-    weights = torch.tensor([float(number) for number in histogram.values()])
-    drawn = lengths[torch.multinomial(weights, count, replacement=True, generator=generator)]
-    return drawn.clamp(max=context_length)
+    shares = torch.tensor([float(number) for number in histogram.values()], dtype=torch.double).cumsum(0)
+    places = (torch.arange(count) + torch.rand(count, generator=generator).double()) / count
+    drawn = lengths[torch.searchsorted(shares / shares[-1], places)]
+    return drawn[torch.randperm(count, generator=generator)].clamp(max=context_length)
 
 
 def caption_tokens(lengths: Tensor, *, context_length: int, generator: torch.Generator) -> Tensor:
@@ -60,8 +64,13 @@ def make_batches(
     return batches
 
 
+def real_lengths(batches: Sequence[HostBatch]) -> list[int]:
+    """Tokens of every caption."""
+    return [int(length) for batch in batches for length in (batch.texts != 0).sum(dim=1)]
+
+
 def describe_captions(batches: Sequence[HostBatch]) -> dict[str, float]:
     """Mean, median and 99th percentile of the tokens per caption in these batches."""
-    lengths = torch.cat([(batch.texts != 0).sum(dim=1) for batch in batches]).double()
+    lengths = torch.tensor(real_lengths(batches), dtype=torch.double)
     quantiles = torch.quantile(lengths, torch.tensor([0.5, 0.99], dtype=torch.double))
     return {"mean": lengths.mean().item(), "median": quantiles[0].item(), "p99": quantiles[1].item()}

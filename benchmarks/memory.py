@@ -1,4 +1,4 @@
-"""Peak memory of one arm, in a process of its own so that nothing else is counted."""
+"""Peak memory of one arm: on CUDA by the allocator's own account, elsewhere in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
@@ -30,6 +31,19 @@ def peak_gib(device: torch.device) -> float:
 def resident_gib() -> float:
     """Resident memory now, in GiB."""
     return _status_kib("VmRSS") / 2**20
+
+
+def held_gib(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> float:
+    """What an arm keeps on its device between steps: weights, gradients, moments."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    tensors += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    tensors += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in tensors
+        if tensor.device.type == device.type
+    }
+    return sum(storages.values()) / 2**30
 
 
 def _status_kib(field: str) -> float:

@@ -75,15 +75,42 @@ def _time_on_cpu(arm: Arm, number: int) -> tuple[float, float]:
     return (time.perf_counter() - wall) * 1000, (time.process_time() - work) * 1000
 
 
+class Deadline:
+    """Ends a measurement early, for all ranks alike."""
+
+    def __init__(self, seconds: float | None, *, started: float, agree: Callable[[bool], bool] = bool) -> None:
+        """
+        Args:
+            seconds: after ``started``, a reading of ``time.monotonic``; None is no limit.
+            agree: makes one rank's answer everybody's.
+        """
+        self._end = None if seconds is None else started + seconds
+        self._agree = agree
+
+    def allows(self, seconds: float) -> bool:
+        """Whether that much more time is left. Collective: all ranks."""
+        return self._agree(self._end is None or time.monotonic() + seconds <= self._end)
+
+
 def alternate(
-    arms: Mapping[str, Arm], *, blocks: int, block_steps: int, rewarm_steps: int, device: torch.device
+    arms: Mapping[str, Arm],
+    *,
+    blocks: int,
+    block_steps: int,
+    rewarm_steps: int,
+    device: torch.device,
+    least_blocks: int = 1,
+    deadline: Deadline | None = None,
 ) -> dict[str, Times]:
     """Blocks of steps in the order A B B A A B B A ..., so that a drift of the machine meets both arms alike.
 
-    ``rewarm_steps`` at the start of a block are run and not counted: caches still hold the other arm's data.
+    Args:
+        rewarm_steps: at the start of a block are run and not counted: caches still hold the other arm's data.
+        least_blocks: are measured however late it is; behind them no round begins that would not end in time.
     """
     times = {name: Times([], []) for name in arms}
     for block in range(blocks):
+        start = time.monotonic()
         order = list(arms) if block % 2 == 0 else list(arms)[::-1]
         for name in order:
             first_step = block * block_steps
@@ -93,6 +120,10 @@ def alternate(
             times[name].wall.append(wall)
             times[name].work.append(work)
             logger.info("block %d of %d, %s: %.1f ms", block + 1, blocks, name, statistics.median(wall))
+        is_late = deadline is not None and not deadline.allows(time.monotonic() - start)
+        if is_late and least_blocks <= block + 1 < blocks:
+            logger.info("no time for another block: %d of %d are measured", block + 1, blocks)
+            break
     return times
 
 

@@ -1,4 +1,8 @@
-"""The two sides of the train-step benchmark: our step, and OpenCLIP's model, loss and step semantics.
+"""The two sides of the train-step benchmark: our step as a run builds it, and OpenCLIP's model, loss and step order.
+
+    host batch --prepare--> device batch --step--> loss
+                ours: packed captions              both: forward, loss, backward, AdamW, clamp
+                OpenCLIP's: padded ones
 
 Legend: B batch, L text tokens.
 """
@@ -7,43 +11,67 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 
 import configs
+from benchmarks.batches import HostBatch
 from models.factory import create_model
-from training.config import EngineConfig, LossConfig, OptimConfig
-from training.data.batch import DeviceBatch
-from training.distributed.parallelize import parallelize
+from training.assembly import build_device_loading, build_trained_model
+from training.cli import parse
+from training.config import Config
+from training.data.batch import SAMPLE_COLUMNS, Batch, BatchRecord, DeviceBatch, normalize
+from training.distributed.collectives import all_reduce_sum
 from training.distributed.runtime import Runtime
 from training.losses import build_loss
 from training.optim.optimizer import build_optimizer
-from training.precision import build_precision, cast_parameters
+from training.precision import build_precision
+from training.resilience.guard import VITALS, StepGuard
 from training.train_step import TrainStep
 
 
 @dataclass(frozen=True)
 class ArmSettings:
-    """What both sides have in common, and how each is tuned."""
+    """What both sides have in common."""
 
     model: str
+    """A name, or the path of a model's .json."""
     precision: str
     device: torch.device
     grad_checkpointing: bool = False
-    torchcompile: bool = False
-    """Compile our blocks."""
-    tune_open_clip: bool = False
-    """OpenCLIP at its best: the whole model compiled, and AdamW's fused kernel."""
     lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.2
+
+    def as_run(self, flags: Sequence[str] = ()) -> Config:
+        """The configuration of a run with these settings and further flags, checked as a run's is."""
+        words = [
+            *(f"--model={self.model}", f"--precision={self.precision}", f"--device={self.device.type}"),
+            *("--dataset-type=synthetic", "--train-num-samples=1000000"),
+            *(f"--lr={self.lr}", f"--beta1={self.betas[0]}", f"--beta2={self.betas[1]}"),
+            *(f"--eps={self.eps}", f"--wd={self.weight_decay}"),
+            *(["--grad-checkpointing"] if self.grad_checkpointing else []),
+        ]
+        return parse([*words, *flags]).config
+
+
+class Tuning(NamedTuple):
+    """What OpenCLIP's user may switch on."""
+
+    compiled: bool = False
+    """The whole model, as its --torchcompile does, with AdamW's fused kernel: OpenCLIP at its best."""
+    checkpointed: bool = False
+    """Where its activations do not fit otherwise."""
 
 
 class StepArm(Protocol):
@@ -51,8 +79,10 @@ class StepArm(Protocol):
 
     name: str
     model: nn.Module
-    input_dtype: torch.dtype
-    """What the images must be when ``step`` gets them."""
+    optimizer: torch.optim.Optimizer
+
+    def prepare(self, batches: Sequence[HostBatch]) -> list[DeviceBatch]:
+        """The batches on the device, in the form in which ``step`` takes them."""
 
     def step(self, batch: DeviceBatch) -> Tensor:
         """One optimizer step; the loss stays on the device."""
@@ -60,48 +90,74 @@ class StepArm(Protocol):
     def loss(self, batch: DeviceBatch) -> Tensor:
         """The loss in full precision with its graph; no step."""
 
+    def skipped_steps(self) -> int:
+        """How many steps changed nothing."""
+
+
+def single_process(device: torch.device) -> Runtime:
+    """This process alone."""
+    return Runtime(rank=0, local_rank=0, world_size=1, device=device)
+
 
 class ClipyardArm:
-    """Our own step, built by the functions that a run uses."""
+    """Our own step, built by the functions that a run uses, with its guard, on captions packed as a run packs them."""
 
     name = "clipyard"
 
-    def __init__(self, settings: ArmSettings) -> None:
-        device = settings.device
-        engine = EngineConfig(
-            device=str(device),
-            precision=settings.precision,
-            grad_checkpointing=settings.grad_checkpointing,
-            torchcompile=settings.torchcompile,
-        )
-        optim = OptimConfig(
-            lr=settings.lr,
-            beta1=settings.betas[0],
-            beta2=settings.betas[1],
-            eps=settings.eps,
-            wd=settings.weight_decay,
-        )
-        self.model: nn.Module = create_model(settings.model, device=str(device)).model
-        precision = build_precision(settings.precision, device)
-        cast_parameters(self.model, precision)
-        self.input_dtype = precision.input_dtype
+    def __init__(self, settings: ArmSettings, *, flags: Sequence[str] = (), runtime: Runtime | None = None) -> None:
+        """
+        Args:
+            flags: of a run, beyond the settings: --torchcompile and the like.
+        """
+        self.config = settings.as_run(flags)
+        self._runtime = runtime = runtime or single_process(settings.device)
+        self._precision = build_precision(settings.precision, runtime.device)
+        with drawing_on(runtime.device):
+            trained = build_trained_model(self.config, runtime=runtime, precision=self._precision)
+        self.model: nn.Module = trained.built.model
+        self._wrapped = trained.wrapped
         self.model.train()
-        self._lr = settings.lr
-        self._loss = build_loss(LossConfig())
-        runtime = Runtime(rank=0, local_rank=0, world_size=1, device=device)
+        without_stochastic_depth(self.model)
+        packing = self.config.engine.text_packing
+        self._load = build_device_loading(trained.built, self._precision, device=runtime.device, text_packing=packing)
+        self.start()
+
+    def start(self) -> None:
+        """As at a run's first step: moments and what the guard knows are forgotten, weights stay as they are."""
+        self.optimizer = build_optimizer(self.model, self.config.optim)
+        self._loss = build_loss(self.config.loss)
         self._step = TrainStep(
-            model=parallelize(self.model, config=engine, runtime=runtime),
+            model=self._wrapped,
             loss=self._loss,
-            optimizer=build_optimizer(self.model, optim),
-            precision=precision,
+            optimizer=self.optimizer,
+            precision=self._precision,
+            scaler=self._precision.grad_scaler(),
+            grad_clip_norm=self.config.optim.grad_clip_norm,
+            guard=StepGuard(
+                self.config.resilience,
+                device=self._runtime.device,
+                rank=self._runtime.rank,
+                world_size=self._runtime.world_size,
+                all_reduce_sum=all_reduce_sum,
+            ),
         )
+        self._bad: list[Tensor] = []
+
+    def prepare(self, batches: Sequence[HostBatch]) -> list[DeviceBatch]:
+        return list(self._load(iter([as_loaded(batch) for batch in batches])))
 
     def step(self, batch: DeviceBatch) -> Tensor:
-        return self._step([batch], lr=self._lr).loss
+        metrics = self._step([batch], lr=float(self.config.optim.lr or 0))
+        assert metrics.vitals is not None
+        self._bad.append(metrics.vitals[VITALS.index("bad")])
+        return metrics.loss
 
     def loss(self, batch: DeviceBatch) -> Tensor:
-        out = self.model(batch.images, batch.texts)
+        out = self._wrapped(batch.images, batch.texts)
         return self._loss(out.image_features, out.text_features, out.logit_scale, out.logit_bias)
+
+    def skipped_steps(self) -> int:
+        return int(torch.stack(self._bad).sum().item()) if self._bad else 0  # host sync
 
 
 class OpenClipArm:
@@ -109,26 +165,45 @@ class OpenClipArm:
 
     name = "open_clip"
 
-    def __init__(self, settings: ArmSettings) -> None:
+    def __init__(self, settings: ArmSettings, *, tuning: Tuning | None = None, runtime: Runtime | None = None) -> None:
         import open_clip
 
-        # Our own configurations by name, as well as OpenCLIP's.
-        open_clip.add_model_config(Path(configs.__file__).parent / "models")
+        runtime, tuning = runtime or single_process(settings.device), tuning or Tuning()
         self._precision = settings.precision
-        self._device = settings.device
-        self.model: nn.Module = open_clip.create_model(
-            settings.model, precision=settings.precision, device=settings.device, output_dict=True
-        )
+        self._device = runtime.device
+        with drawing_on(runtime.device):
+            self.model: nn.Module = open_clip.create_model(
+                _open_clip_name(settings.model),
+                precision=settings.precision,
+                device=runtime.device,
+                output_dict=True,
+            )
         self.model.train()
-        if settings.grad_checkpointing:
+        without_stochastic_depth(self.model)
+        if settings.grad_checkpointing or tuning.checkpointed:
             self.model.set_grad_checkpointing()
-        self._loss = open_clip.ClipLoss(local_loss=False, gather_with_grad=False, cache_labels=True)
-        self.input_dtype = torch.bfloat16 if settings.precision in ("bf16", "pure_bf16") else torch.float32
-        self._optimizer = self._build_optimizer(settings)
-        tuned = settings.tune_open_clip
-        self._forward: Callable[..., Mapping[str, Tensor]] = torch.compile(self.model) if tuned else self.model
+        self._preprocess = create_model(settings.model, device="meta").preprocess
+        self._input_dtype = torch.bfloat16 if settings.precision in ("bf16", "pure_bf16") else torch.float32
+        # Over several ranks as its recipes do; its default gives other gradients than those of the global batch.
+        together = runtime.world_size > 1
+        self._loss = open_clip.ClipLoss(
+            local_loss=together,
+            gather_with_grad=together,
+            cache_labels=True,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+        )
+        self.optimizer = self._build_optimizer(settings, fused=tuning.compiled)
+        self._wrapped: Callable[..., Mapping[str, Tensor]] = self._wrap(runtime, static_graph=tuning.compiled)
+        self._forward = torch.compile(self._wrapped) if tuning.compiled else self._wrapped
 
-    def _build_optimizer(self, settings: ArmSettings) -> torch.optim.Optimizer:
+    def _wrap(self, runtime: Runtime, *, static_graph: bool) -> nn.Module:
+        if runtime.world_size == 1:
+            return self.model
+        devices = [runtime.device.index] if runtime.device.type == "cuda" else None
+        return DistributedDataParallel(self.model, device_ids=devices, static_graph=static_graph)
+
+    def _build_optimizer(self, settings: ArmSettings, *, fused: bool) -> torch.optim.Optimizer:
         """AdamW with two groups: gains and biases without weight decay, then the rest."""
         plain: list[nn.Parameter] = []
         decayed: list[nn.Parameter] = []
@@ -140,7 +215,7 @@ class OpenClipArm:
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.eps,
-            fused=True if settings.tune_open_clip else None,
+            fused=fused or None,
         )
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -148,23 +223,82 @@ class OpenClipArm:
             return nullcontext()
         return torch.autocast(self._device.type, dtype=torch.bfloat16)
 
+    def prepare(self, batches: Sequence[HostBatch]) -> list[DeviceBatch]:
+        mean, std, dtype = self._preprocess.mean, self._preprocess.std, self._input_dtype
+        return [
+            DeviceBatch(
+                normalize(batch.images.to(self._device), mean=mean, std=std, dtype=dtype),
+                batch.texts.to(self._device),
+            )
+            for batch in batches
+        ]
+
     def step(self, batch: DeviceBatch) -> Tensor:
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
         with self._autocast():
             total: Tensor = self._loss(**self._forward(batch.images, batch.texts), output_dict=True)["contrastive_loss"]
         total.backward()
-        self._optimizer.step()
+        self.optimizer.step()
         with torch.no_grad():
             scale: Tensor = self.model.get_parameter("logit_scale")
             scale.clamp_(0, math.log(100))
         return total.detach()
 
     def loss(self, batch: DeviceBatch) -> Tensor:
-        loss: Tensor = self._loss(**self.model(batch.images, batch.texts))
+        loss: Tensor = self._loss(**self._wrapped(batch.images, batch.texts))
         return loss
 
+    def skipped_steps(self) -> int:
+        return 0
 
-ARMS: dict[str, Callable[[ArmSettings], StepArm]] = {ClipyardArm.name: ClipyardArm, OpenClipArm.name: OpenClipArm}
+
+RIVALS: dict[str, Tuning] = {
+    "open_clip": Tuning(),
+    "open_clip_tuned": Tuning(compiled=True),
+    "open_clip_checkpointed": Tuning(checkpointed=True),
+}
+"""OpenCLIP's arms: as its flags are by default, at its best, and as it is where memory is short."""
+
+
+def as_loaded(batch: HostBatch) -> Batch:
+    """As our loader yields it, with a record of nothing."""
+    samples = torch.zeros(len(batch.images), len(SAMPLE_COLUMNS), dtype=torch.int64)
+    return Batch(batch.images, batch.texts, BatchRecord({}, samples, Counter(), Counter()))
+
+
+def without_stochastic_depth(model: nn.Module) -> None:
+    """Off in both arms: they would leave out different blocks, and no loss could be compared."""
+    for module in model.modules():
+        if hasattr(module, "drop_prob"):
+            setattr(module, "drop_prob", 0.0)  # noqa: B010 - timm's, unknown to nn.Module
+
+
+class drawing_on(TorchFunctionMode):  # noqa: N801 - used as a function
+    """Fills large tensors with random numbers on a device, which takes a CPU some ten seconds per billion."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        is_draw = func in (Tensor.normal_, Tensor.uniform_) and kwargs.get("generator") is None
+        if not is_draw or args[0].device.type != "cpu" or args[0].numel() < 2**16:
+            return func(*args, **kwargs)
+        kwargs.pop("generator", None)
+        drawn = func(torch.empty_like(args[0], device=self._device), *args[1:], **kwargs)
+        return args[0].copy_(drawn)
+
+
+def _open_clip_name(model: str) -> str:
+    """OpenCLIP takes names only; our own configurations, and a file, become known to it by theirs."""
+    import open_clip
+
+    path = Path(model)
+    open_clip.add_model_config(path if path.suffix == ".json" else Path(configs.__file__).parent / "models")
+    return path.stem if path.suffix == ".json" else model
 
 
 def use_open_clip_checkout(path: Path) -> None:
