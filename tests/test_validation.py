@@ -56,6 +56,11 @@ def test_every_number_has_a_range(field_name):
         ("--fsdp --precision bf16", "--precision bf16, which mixes types of weights within a block: use amp_bf16"),
         ("--fsdp --opt timm/lamb --lr 1", "--opt timm/lamb, which may need whole tensors .* use adamw"),
         ("--fsdp --opt timm/lion --lr 1 --opt-kwargs caution=True", "caution=True, which weighs whole tensors: leave"),
+        (
+            "--fp8 rowwise --precision amp",
+            "--fp8 rowwise with --precision amp: .* everything else in bf16; use amp_bf16",
+        ),
+        ("--fp8 tensorwise --fsdp", "--fp8 tensorwise with --fsdp: not supported together"),
         ("--fsdp --fsdp-offload-cpu --device cpu", "the shards are in host memory already. Leave it out"),
         ("--fsdp --fsdp-offload-cpu --precision amp", "the loss scaler does not wait .* Use amp_bf16"),
         ("--train-data-upsampling-factors 1", "weighs random draws of shards: pass --dataset-resampled too"),

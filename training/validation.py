@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from training.config import Config, DataConfig, OptimConfig
+from training.config import Config, DataConfig, EngineConfig, OptimConfig
 from training.flags import BY_FIELD, DEFAULTS, FLAGS, Flag, Verdict, nearest, setting_of
 
 AUGMENTATION_KEYS = (
@@ -32,6 +32,7 @@ OWN_OPTIMIZERS = ("adamw", "stableadamw", "nadamw")
 """Names that ``--opt`` knows, beside ``timm/NAME``."""
 
 _REPORT_TARGETS = ("tensorboard", "wandb")
+_WITH_FP8 = ("amp_bf16", "amp_bfloat16", "bf16", "pure_bf16")
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ def validate(config: Config) -> None:
             _augmentation_problems(config.image.aug_cfg),
             _optimizer_problems(config),
             _fsdp_problems(config),
+            _fp8_problems(config.engine),
             _schedule_problems(config),
             _checkpoint_problems(config),
             _report_problems(config.logging.report_to),
@@ -371,6 +373,18 @@ _ELEMENTWISE = (
     "lion",
     "adabelief",
 )
+
+
+def _fp8_problems(engine: EngineConfig) -> Iterator[str]:
+    if engine.fp8 == "off":
+        return
+    if engine.precision not in _WITH_FP8:
+        yield (
+            f"--fp8 {engine.fp8} with --precision {engine.precision}: products are computed in fp8 and everything else "
+            f"in bf16; use {', '.join(_WITH_FP8)}."
+        )
+    if engine.fsdp:
+        yield f"--fp8 {engine.fp8} with --fsdp: not supported together. Leave one of them out."
 
 
 def _fsdp_problems(config: Config) -> Iterator[str]:

@@ -1,0 +1,153 @@
+"""Computes the linear layers of blocks in fp8 (``--fp8``): half the bytes and twice the peak rate, and other numbers.
+
+torchao scales the inputs, weights and gradients of a layer to what 8 bits can hold, each time anew:
+
+    tensorwise   one scale per tensor: the fastest
+    rowwise      one scale per row, rounded to a power of two: closer to bf16
+
+Weights, optimizer states and checkpoints are those of a run without: only products are computed in fp8, and only in
+training. An evaluation computes as whoever loads the checkpoint will.
+
+    computed in fp8    nn.Linear inside blocks: MLPs, output projections of attention; in timm's towers QKV as well
+    left as it is      QKV of our towers (a parameter of attention, not a layer), attention itself, convolutions, stem,
+                       heads, everything outside of blocks, and layers with a side that is no multiple of 16
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+RECIPES = ("tensorwise", "rowwise")
+_MULTIPLE = 16
+"""Of which every side of a product must be one: a rule of the hardware's fp8 instructions."""
+_FIRST_CAPABILITY = (8, 9)
+"""Ada; Hopper is (9, 0)."""
+
+
+class Conversion(NamedTuple):
+    """What became of the linear layers inside blocks: their names within the list of blocks."""
+
+    converted: tuple[str, ...]
+    left: tuple[str, ...]
+    """A side is no multiple of 16."""
+
+
+def check_fp8(recipe: str, *, device: torch.device) -> None:
+    """Whether this process can compute in fp8.
+
+    Raises:
+        ValueError: the device cannot, or torchao is missing.
+    """
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if reason := refusal(device.type, capability, name=name, has_torchao=find_spec("torchao") is not None):
+        raise ValueError(f"--fp8 {recipe} {reason}, or leave the flag out")
+
+
+def refusal(device_type: str, capability: tuple[int, int] | None, *, name: str = "", has_torchao: bool) -> str | None:
+    """Why fp8 is out of reach, and what would help; None if it is not."""
+    if capability is None:
+        return f"needs a GPU with fp8 products, and the device is {device_type}: train on one (Ada, Hopper or later)"
+    if capability < _FIRST_CAPABILITY:
+        found, needed = (".".join(map(str, version)) for version in (capability, _FIRST_CAPABILITY))
+        return f"needs a GPU of compute capability {needed} (Ada, Hopper or later), and {name} has {found}: use another"
+    if not has_torchao:
+        return "needs torchao: pip install 'clipyard[fp8]'"
+    return None
+
+
+def is_aligned(*, batch_size: int, tokens: int) -> bool:
+    """Whether the products over a micro-batch need no padding: rows of all sequences are a multiple of 16.
+
+    Args:
+        tokens: of the longest text; packed texts come in multiples of a 256th of batch_size * tokens.
+    """
+    return batch_size % _MULTIPLE == 0 and batch_size * tokens // 256 >= _MULTIPLE
+
+
+def convert_blocks(
+    blocks: Sequence[nn.Module], recipe: str, *, pads: bool = False, emulated: bool = False
+) -> Conversion:
+    """Replaces the linear layers inside blocks, in place; parameters and their names stay.
+
+    Call it before the blocks are checkpointed or compiled.
+
+    Args:
+        pads: rows of products are padded to a multiple of 16: for batches that are none, at the price of copies.
+        emulated: round to fp8 and multiply in fp32, on any device: to study numbers, not for speed.
+
+    Raises:
+        ValueError: there is nothing to convert.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    settings = replace(Float8LinearConfig.from_recipe_name(recipe), pad_inner_dim=pads, emulate=emulated)
+    converted: list[str] = []
+    left: list[str] = []
+    for number, block in enumerate(blocks):
+        names = {name for name, module in block.named_modules() if _is_plain_linear(module)}
+        fitting = {name for name in names if _fits(block.get_submodule(name))}
+        convert_to_float8_training(
+            block, config=settings, module_filter_fn=lambda _, name, wanted=fitting: name in wanted
+        )
+        for name in fitting:
+            linear: Any = block.get_submodule(name)
+            linear.train(block.training)  # as the layer that it replaces
+            linear.forward = functools.partial(_forward, linear)
+        converted += [f"{number}.{name}" for name in sorted(fitting)]
+        left += [f"{number}.{name}" for name in sorted(names - fitting)]
+    if not converted:
+        raise ValueError(
+            f"--fp8 {recipe}: no block of this model has linear layers whose sides are multiples of {_MULTIPLE}: leave "
+            "the flag out"
+        )
+    logger.info("fp8 (%s): %d linear layers of %d blocks.", recipe, len(converted), len(blocks))
+    if left:
+        logger.warning("fp8: %d layers are left, with sides that are no multiples of %d.", len(left), _MULTIPLE)
+    return Conversion(tuple(converted), tuple(left))
+
+
+def use_fp8(
+    blocks: Sequence[nn.Module], recipe: str, *, device: torch.device, batch_size: int, tokens: int
+) -> Conversion:
+    """What ``--fp8`` means for a model, on a device that can.
+
+    Raises:
+        ValueError: the device cannot, torchao is missing, or no layer of the model can be converted.
+    """
+    check_fp8(recipe, device=device)
+    pads = not is_aligned(batch_size=batch_size, tokens=tokens)
+    if pads:
+        logger.warning(
+            "fp8: --batch-size %d is small, or no multiple of %d: products are padded, and slower than they could be.",
+            *(batch_size, _MULTIPLE),
+        )
+    return convert_blocks(blocks, recipe, pads=pads)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    # Not what is derived from it: nn.MultiheadAttention uses the weight of its own without calling the layer.
+    return type(module) is nn.Linear
+
+
+def _fits(linear: nn.Module) -> bool:
+    assert isinstance(linear, nn.Linear)
+    return linear.in_features % _MULTIPLE == 0 and linear.out_features % _MULTIPLE == 0
+
+
+def _forward(linear: Any, x: Tensor) -> Tensor:
+    if linear.training:
+        computed: Tensor = type(linear).forward(linear, x)
+        return computed
+    return F.linear(x, linear.weight, linear.bias)
