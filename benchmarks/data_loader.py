@@ -12,23 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import signal
 import statistics
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.photo_shards import Shards, find_photos, make_shards
-from benchmarks.process_meter import process_tree
 from benchmarks.provenance import ROOT, describe_run
+from benchmarks.stopped_process import StoppedProcess
 
 RESULTS = ROOT / "benchmarks" / "results"
 PINNED_WEBDATASET = "webdataset==0.2.86"
@@ -139,51 +136,16 @@ def environment_of(arm: str, directory: Path) -> list[str]:
     return [str(overlay)]
 
 
-class LoaderProcess:
+class LoaderProcess(StoppedProcess):
     """A process with one loader. It and its workers are stopped except while it is asked for batches."""
 
     def __init__(self, arm: str, flags: Sequence[str], *, paths: Sequence[str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.loader_arms", arm],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([*paths, str(ROOT)]), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self.versions = self._ask({"flags": list(flags)})["versions"]
-        self._signal(signal.SIGSTOP)
-
-    def __enter__(self) -> LoaderProcess:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._signal(signal.SIGKILL)
-        self._process.communicate()
+        super().__init__("benchmarks.loader_arms", arm, paths=paths, environment={"OMP_NUM_THREADS": "1"})
+        self.versions = self.ask({"flags": list(flags)})["versions"]
 
     def draw(self, *, discard: int, seconds: float, multiple: int) -> dict[str, Any]:
         """What ``loader_arms.draw`` measures."""
-        self._signal(signal.SIGCONT)
-        try:
-            return self._ask({"discard": discard, "seconds": seconds, "multiple": multiple})
-        finally:
-            self._signal(signal.SIGSTOP)
-
-    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"{self._process.args!r} ended with status {self._process.wait()}: see what it printed.")
-        return cast("dict[str, Any]", json.loads(answer))
-
-    def _signal(self, number: int) -> None:
-        for pid in process_tree(self._process.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
+        return self.ask({"discard": discard, "seconds": seconds, "multiple": multiple})
 
 
 def measure_cell(
