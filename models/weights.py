@@ -102,10 +102,18 @@ def resize_image_positions(positions: Tensor, *, grid_size: tuple[int, int]) -> 
     """[1 + n*n, D] -> [1 + rows*columns, D], bicubic with antialiasing as OpenCLIP; the class token's is kept."""
     class_position, patch_positions = positions[:1], positions[1:]
     side = round(len(patch_positions) ** 0.5)
-    grid = patch_positions.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)  # [n*n, D] -> [1, D, n, n]
-    resized = F.interpolate(grid, size=grid_size, mode="bicubic", antialias=True, align_corners=False)
-    flat = resized[0].flatten(1).T  # [1, D, rows, columns] -> [rows*columns, D]
-    return torch.cat([class_position, flat.to(positions.dtype)])
+    return torch.cat([class_position, resize_grid(patch_positions, old=(side, side), new=grid_size)])
+
+
+def resize_grid(values: Tensor, *, old: tuple[int, int], new: tuple[int, int], mode: str = "bicubic") -> Tensor:
+    """[n, D] of n = rows * columns places -> [m, D], antialiased.
+
+    Args:
+        mode: ``bicubic`` as OpenCLIP and timm; ``bilinear`` weighs with nothing negative.
+    """
+    grid = values.float().reshape(1, *old, -1).permute(0, 3, 1, 2)  # [n, D] -> [1, D, rows, columns]
+    resized = F.interpolate(grid, size=new, mode=mode, antialias=True, align_corners=False)
+    return resized[0].flatten(1).T.to(values.dtype)  # [1, D, rows, columns] -> [m, D]
 
 
 def resize_text_positions(positions: Tensor, *, context_length: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from models.factory import BuiltModel, create_model
 from models.locking import lock_image_tower, lock_text_tower
 from models.text_form import build_packer
 from models.tokenizer import build_tokenizer
+from training.attention_kernel import AttentionCall, attention_calls, attention_kernel
 from training.checkpoint.checkpointer import Checkpointer
 from training.checkpoint.run_state import RunParts
 from training.checkpoint.saver import Saver
@@ -27,8 +29,10 @@ from training.data.loader import TrainLoader
 from training.data.meter import DataMeter
 from training.data.prefetch import load_to_device, pin
 from training.distributed.collectives import all_reduce_sum, gather_objects
-from training.distributed.parallelize import is_sharded, parallelize
+from training.distributed.mesh import is_sharded
+from training.distributed.parallelize import parallelize
 from training.distributed.runtime import Runtime, collective_timeout
+from training.distributed.start_up import on_first_rank
 from training.measurement import Measurement
 from training.observability.reporter import Reporter
 from training.observability.telemetry import Telemetry
@@ -36,7 +40,7 @@ from training.optim.optimizer import build_optimizer
 from training.optim.schedule import build_schedule as build_lr_schedule
 from training.optim.stable_adamw import StableAdamW
 from training.plan import TrainPlan
-from training.precision import Precision, cast_parameters
+from training.precision import Precision, build_precision, cast_parameters
 from training.resilience.escalation import Escalation
 from training.resilience.guard import StepGuard
 from training.resilience.preemption import Preemption
@@ -45,6 +49,7 @@ from training.run import Run, open_events
 from training.state import TrainState
 from training.supervisor import Supervisor, Watch
 from training.train_step import TrainStep
+from training.work import Work
 
 
 class TrainedModel(NamedTuple):
@@ -140,14 +145,19 @@ def build_loader(run: Run, built: BuiltModel) -> TrainLoader:
     return loader
 
 
-def build_plan(run: Run, loader: TrainLoader) -> TrainPlan:
-    """How many steps of how many samples."""
+def build_plan(run: Run, loader: TrainLoader, *, epoch_batch: int) -> TrainPlan:
+    """How many steps of how many samples.
+
+    Args:
+        epoch_batch: samples per rank and micro-step that the loader has divided its epoch into.
+    """
     config = run.config
+    ranks = run.runtime.world_size * config.engine.accum_freq
     return TrainPlan(
-        steps_per_epoch=loader.num_batches // config.engine.accum_freq,
+        samples_per_epoch=loader.num_batches // config.engine.accum_freq * epoch_batch * ranks,
         epochs=config.schedule.epochs,
         accum_freq=config.engine.accum_freq,
-        samples_per_step=config.data.batch_size * run.runtime.world_size * config.engine.accum_freq,
+        samples_per_step=config.data.batch_size * ranks,
         log_every_n_steps=config.logging.log_every_n_steps,
         log_metric_every_n_steps=config.logging.log_metric_every_n_steps,
     )
@@ -200,6 +210,7 @@ def build_measurement(
     run: Run,
     parts: RunParts,
     plan: TrainPlan,
+    work: Work,
     *,
     train_step: TrainStep,
     supervisor: Supervisor,
@@ -214,6 +225,7 @@ def build_measurement(
     )
     return Measurement(
         plan,
+        work,
         parts=parts,
         compute_clock=train_step.compute_clock,
         meter=build_meter(run, parts.loader),
@@ -235,10 +247,10 @@ def build_device_loading(
 
 
 def build_schedule(config: ScheduleConfig, *, lr: float, plan: TrainPlan, state: TrainState) -> Callable[[int], float]:
-    """The learning rate by place in the plan: after as many samples the same rate, whatever the global batch."""
-    ratio = plan.samples_per_step / state.schedule_batch
-    schedule = build_lr_schedule(config, lr=lr, steps_per_epoch=round(plan.steps_per_epoch * ratio))
-    return lambda place: schedule(round(place * ratio))
+    """The learning rate by samples seen: after as many of them the same rate, whatever the global batch."""
+    schedule_batch = state.schedule_batch
+    schedule = build_lr_schedule(config, lr=lr, steps_per_epoch=round(plan.samples_per_epoch / schedule_batch))
+    return lambda seen: schedule(seen // schedule_batch)
 
 
 def build_meter(run: Run, loader: TrainLoader) -> DataMeter:
@@ -273,6 +285,23 @@ def build_saver(run: Run, parts: RunParts) -> Saver | None:
         epochs=config.schedule.epochs,
         epoch_files=not (config.engine.fsdp and config.engine.fsdp_checkpoint == "sharded"),
     )
+
+
+def choose_attention(config: Config, runtime: Runtime) -> AbstractContextManager[object]:
+    """Inside it, ``--attention-kernel`` holds for the whole process. Collective: all ranks."""
+
+    def calls() -> list[AttentionCall]:
+        precision = build_precision(config.engine.precision, runtime.device)
+        built = build_model(config, skeleton=True)
+        cast_parameters(built.model, precision)
+        shape = (config.data.batch_size, 3, *built.config.vision_cfg.image_hw)
+        texts = torch.ones(config.data.batch_size, built.config.text_cfg.context_length, dtype=torch.int64)
+        packed = build_packer(built.config, text_packing=config.engine.text_packing)(texts).to("meta")
+        images = torch.empty(shape, dtype=precision.input_dtype, device="meta")
+        return attention_calls(built.model.train(), images, packed, precision=precision)
+
+    first = partial(on_first_rank, rank=runtime.rank)
+    return attention_kernel(config.engine.attention_kernel, calls=calls, device=runtime.device, on_first_rank=first)
 
 
 def set_device_defaults(device: torch.device) -> None:

@@ -126,7 +126,7 @@ class ScheduleConfig:
     lr_cooldown_end: float = 0.0
     lr_cooldown_power: float = 1.0
     phases: str | None = None
-    """File that says how image size, batch size, text length, patch dropout and augmentation follow the samples seen."""
+    """File that says how image size, batch size, text length, dropout and augmentation follow the samples seen."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class EngineConfig:
     text_packing: str = "auto"
     """Whether captions are computed without their padding, where that changes no feature."""
     attention_kernel: str = "auto"
-    """Which of PyTorch's kernels computes attention without packing; ``auto`` leaves it to PyTorch."""
+    """Which of PyTorch's kernels computes attention, but for packed texts; ``auto`` leaves it to PyTorch."""
     channels_last: str = "auto"
     """Whether convolutional towers compute in NHWC order; ``auto`` is on for them on a GPU."""
     fp8: str = "off"
@@ -165,7 +165,7 @@ class EngineConfig:
     grad_reduce_dtype: str = "fp32"
     """Type in which gradients go over the network."""
     gc_every_n_steps: int = 1000
-    """Python collects garbage after every so many steps, on all ranks at once, and not in between; 0 leaves it alone."""
+    """Python collects garbage after every so many steps, on all ranks at once; 0 leaves it to Python."""
     torchcompile: bool = False
     torchcompile_strategy: str = "block"
     torchcompile_backend: str | None = None

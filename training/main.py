@@ -30,6 +30,7 @@ from training.assembly import (
     build_schedule,
     build_supervisor,
     build_trained_model,
+    choose_attention,
     seed_all,
     set_device_defaults,
 )
@@ -50,10 +51,12 @@ from training.distributed.job_end import JobEnd
 from training.distributed.runtime import Runtime, close_runtime, collective_timeout, start_runtime
 from training.evaluation.evaluate import build_evaluators, evaluate
 from training.evaluation.evaluators import Evaluator
+from training.garbage import CollectionInStep
 from training.losses.build import build_loss
 from training.observability.console import set_up_logging
 from training.observability.reporter import Reporter
 from training.observability.sinks import evaluated_epochs
+from training.phases import read_phases
 from training.plan import TrainPlan
 from training.precision import Precision, build_precision, cast_parameters
 from training.resilience.escalation import Escalation
@@ -75,8 +78,9 @@ from training.run import (
     start_mirror,
 )
 from training.supervisor import Supervisor
-from training.train import train
+from training.train import Ending, train
 from training.train_step import TrainStep
+from training.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +129,7 @@ def _prepare(parsed: Parsed, runtime: Runtime, watched: Watched) -> Callable[[],
     try:
         run = open_run(parsed, runtime)
         watchdog = _start_watching(run, watched)
+        watched.stack.enter_context(choose_attention(run.config, runtime))
         return _build(run, watched.preemption, watchdog)
     except (ValueError, DamagedCheckpoint, StorageError) as error:
         if parsed.config.logging.debug:
@@ -197,7 +202,7 @@ def _build_training(
 ) -> Callable[[], None]:
     config, built = run.config, trained.built
     loader = build_loader(run, built)
-    plan = build_plan(run, loader)
+    plan = build_plan(run, loader, epoch_batch=config.data.batch_size)
     parts = build_parts(run, built, loader, precision=precision)
     optimizer = parts.optimizer
     base_lr = float(optimizer.param_groups[0]["lr"])  # --lr, or the default of an optimizer that was given none
@@ -206,7 +211,7 @@ def _build_training(
     parts.state.schedule_batch = parts.state.schedule_batch or plan.samples_per_step
     record_settings(run, built.model, plan)
     record_start(run, loader, first_step=parts.state.step, origin=origin)
-    reporter = build_reporter(run, plan, loader_samples=loader.num_samples, first_step=parts.state.step)
+    reporter = build_reporter(run, loader_samples=loader.num_samples, first_step=parts.state.step)
     saver = build_saver(run, parts)
     mirror = start_mirror(run)
     supervisor = build_supervisor(
@@ -233,7 +238,13 @@ def _build_training(
         load=build_device_loading(built, precision, device=run.runtime.device, text_packing=config.engine.text_packing),
         trace=open_trace(run, first_step=parts.state.step),
         measurement=build_measurement(
-            run, parts, plan, train_step=train_step, supervisor=supervisor, reporter=reporter
+            run,
+            parts,
+            plan,
+            Work(read_phases(config), None),
+            train_step=train_step,
+            supervisor=supervisor,
+            reporter=reporter,
         ),
         evaluate=partial(_evaluate_epoch, run, built, evaluators, precision),
         saver=saver,
@@ -246,15 +257,17 @@ def _train_and_close(
     run: Run, reporter: Reporter | None, *, supervisor: Supervisor, mirror: Mirror | None, **parts: Any
 ) -> None:
     results = run.paths.results_jsonl if run.paths else None
-    completed = False
+    ending = Ending.STOPPED
     try:
-        completed = train(
-            reporter=reporter,
-            supervisor=supervisor,
-            evaluated=lambda: evaluated_epochs(results) if results else set(),
-            runtime=run.runtime,
-            **parts,
-        )
+        with CollectionInStep(run.config.engine.gc_every_n_steps) as garbage:
+            ending = train(
+                reporter=reporter,
+                supervisor=supervisor,
+                evaluated=lambda: evaluated_epochs(results) if results else set(),
+                garbage=garbage,
+                runtime=run.runtime,
+                **parts,
+            )
     except DataBudgetExceeded as error:
         logger.error("%s", error)
         raise
@@ -264,9 +277,8 @@ def _train_and_close(
         if mirror is not None and not isinstance(sys.exception(), LeaseLost):
             # A signal or a failure leaves seconds; the next start uploads the rest.
             with supervisor.phase("save"):
-                mirror.finish(FINISH_TIMEOUT_S if completed else SIGNAL_TIMEOUT_S)
-    ending = "Finished" if completed else "Stopped"
-    logger.info("%s %s%s.", ending, run.name, f": see {run.paths.root}" if run.paths else "")
+                mirror.finish(FINISH_TIMEOUT_S if ending is Ending.COMPLETED else SIGNAL_TIMEOUT_S)
+    logger.info("%s %s%s.", ending.value, run.name, f": see {run.paths.root}" if run.paths else "")
 
 
 def _build_evaluation_only(
@@ -284,7 +296,7 @@ def _build_evaluation_only(
     def run_once() -> None:
         with watchdog.phase("evaluation"):
             result = _evaluate_epoch(run, built, evaluators, precision, epoch, last=True)
-        reporter = build_reporter(run, None, loader_samples=0, first_step=epoch)
+        reporter = build_reporter(run, loader_samples=0, first_step=epoch)
         if reporter is not None:
             reporter.evaluation(epoch, result, epoch=epoch)
             reporter.close()

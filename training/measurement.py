@@ -17,12 +17,13 @@ from training.distributed.collectives import all_reduce_sum, gather_objects
 from training.distributed.runtime import Runtime
 from training.observability.compute_clock import ComputeClock
 from training.observability.metrics import StepClock, TokenCount
-from training.observability.reporter import Reporter
+from training.observability.reporter import Reporter, Standing
 from training.observability.stragglers import RankTimes, StragglerReport
 from training.observability.telemetry import Telemetry
 from training.plan import TrainPlan
 from training.supervisor import Supervisor
 from training.train_step import StepMetrics
+from training.work import Work
 
 
 class Measurement:
@@ -31,6 +32,7 @@ class Measurement:
     def __init__(
         self,
         plan: TrainPlan,
+        work: Work,
         *,
         parts: RunParts,
         compute_clock: ComputeClock,
@@ -46,6 +48,7 @@ class Measurement:
             reporter: only on rank 0.
         """
         self._plan = plan
+        self._work = work
         self._parts = parts
         self._compute_clock = compute_clock
         self._meter = meter
@@ -62,23 +65,22 @@ class Measurement:
         self._clock.add_step(data_wait_s=waited_s)
         self._compute_clock.start()
 
-    def end_step(self, step: int, place: int, metrics: StepMetrics, batch: DeviceBatch, *, lr: float) -> None:
+    def end_step(self, step: int, seen: int, metrics: StepMetrics, batch: DeviceBatch, *, lr: float) -> None:
         """Measures what is due after a step. Collective: all ranks.
 
         Args:
-            place: of the step in the schedule.
+            seen: samples before the step.
             batch: the step's last, for telemetry and to count its tokens.
 
         Raises:
             DataBudgetExceeded: too much of the data is bad; on all ranks.
         """
         self._tokens.add(batch.texts)
-        if self._plan.logs_metrics(place):
-            numbers = self._measure(step, place, metrics) | {"lr": lr}
+        if self._plan.logs_metrics(seen):
+            numbers = self._measure(step, seen, metrics) | {"lr": lr}
             if self._reporter is not None:
-                line = self._plan.logs_line(place)
-                samples = self._plan.samples_per_step
-                self._reporter.step(step, numbers, place=place, samples_per_step=samples, log_line=line)
+                standing, line = self._standing(seen), self._plan.logs_line(seen)
+                self._reporter.step(step, numbers, standing=standing, log_line=line)
             self.restart()
         if self._telemetry.is_due(step):
             skipped = self._supervisor.skipped(metrics.vitals)
@@ -92,12 +94,28 @@ class Measurement:
         self._clock.reset()
         self._tokens = TokenCount()
 
-    def _measure(self, step: int, place: int, metrics: StepMetrics) -> dict[str, float]:
+    def _standing(self, seen: int) -> Standing:
+        plan = self._plan
+        epoch, after = plan.epoch_at(seen), seen + plan.samples_per_step
+        samples = after - epoch * plan.samples_per_epoch
+        done = after // plan.samples_per_step
+        return Standing(
+            epoch=epoch,
+            samples=samples,
+            epoch_share=min(1.0, samples / plan.samples_per_epoch),
+            begins_epoch=plan.place_in_epoch(seen) == 0,
+            steps_done=done,
+            total_steps=done + plan.steps_left(after),
+            left=self._work.left(after, total=plan.total_samples) / plan.samples_per_step,
+        )
+
+    def _measure(self, step: int, seen: int, metrics: StepMetrics) -> dict[str, float]:
         plan, clock, world_size = self._plan, self._clock, self._runtime.world_size
         numbers = _read_metrics(metrics, world_size=world_size)  # host sync; collective: all ranks
         numbers |= clock.read(samples_per_step=plan.samples_per_step, world_size=world_size)
         numbers |= self._tokens.read()
-        numbers |= {"epoch": place / plan.steps_per_epoch, "samples_seen": self._parts.state.samples_seen}
+        numbers |= {"epoch": seen / plan.samples_per_epoch, "samples_seen": self._parts.state.samples_seen}
+        numbers |= self._work.read(self._parts.state.samples_seen)
         computed = self._compute_clock.read()  # host sync
         numbers |= self._meter.measure(
             wait_s=clock.data_wait_s,

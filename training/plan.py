@@ -1,17 +1,19 @@
-"""The arithmetic of a run: epochs, steps and samples. Pure."""
+"""The arithmetic of a run: epochs, steps and samples. Pure.
+
+Everything follows from the samples seen, so that a run whose global batch changes, in another phase or on other ranks,
+stays where it is: an epoch ends with the first step at or past its samples, and so does the run.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from training.state import TrainState
-
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """Everything counts in steps, and one step is one update of the weights."""
+    """How long a run is, and where in it a step stands that is taken after so many ``seen`` samples."""
 
-    steps_per_epoch: int
+    samples_per_epoch: int
     epochs: int
     accum_freq: int
     """Micro-batches per step and rank."""
@@ -21,22 +23,39 @@ class TrainPlan:
     log_metric_every_n_steps: int
 
     @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.steps_per_epoch * self.epochs
+    def steps_per_epoch(self) -> int:
+        """Of the present global batch; the last may reach into the next epoch."""
+        return -(-self.samples_per_epoch // self.samples_per_step)
 
-    def logs_line(self, step: int) -> bool:
-        """Whether step ``step`` (from 0) is printed: every n steps of an epoch, and its last."""
-        place = step % self.steps_per_epoch
-        return place % self.log_every_n_steps == 0 or place == self.steps_per_epoch - 1
+    @property
+    def total_samples(self) -> int:
+        """Of the whole run."""
+        return self.samples_per_epoch * self.epochs
 
-    def steps_ahead(self, state: TrainState) -> int:
-        """How far the place in the schedule is ahead of the steps taken; 0 unless the global batch has changed.
+    def steps_left(self, seen: int) -> int:
+        """Steps to the end of the run, if the global batch stays as it is."""
+        return max(0, -(-(self.total_samples - seen) // self.samples_per_step))
 
-        Schedule and epochs follow the samples seen: on other ranks a run goes on with the learning rate it had.
-        """
-        return round(state.samples_seen / self.samples_per_step) - state.step
+    def epoch_at(self, seen: int) -> int:
+        """Completed epochs."""
+        return seen // self.samples_per_epoch
 
-    def logs_metrics(self, step: int) -> bool:
-        """Whether step ``step`` (from 0) is measured, which costs a device synchronisation and a small all-reduce."""
-        return self.logs_line(step) or step % self.steps_per_epoch % self.log_metric_every_n_steps == 0
+    def place_in_epoch(self, seen: int) -> int:
+        """Steps of the present size since the epoch began."""
+        return seen % self.samples_per_epoch // self.samples_per_step
+
+    def begins_epoch(self, seen: int) -> bool:
+        """Whether the step before was the last of its epoch."""
+        return self.place_in_epoch(seen) == 0
+
+    def ends_epoch(self, seen: int) -> bool:
+        """Whether the step is the last of its epoch."""
+        return self.epoch_at(seen + self.samples_per_step) > self.epoch_at(seen)
+
+    def logs_line(self, seen: int) -> bool:
+        """Whether the step is printed: every n steps of an epoch, and its last."""
+        return self.place_in_epoch(seen) % self.log_every_n_steps == 0 or self.ends_epoch(seen)
+
+    def logs_metrics(self, seen: int) -> bool:
+        """Whether the step is measured, which costs a device synchronisation and a small all-reduce."""
+        return self.logs_line(seen) or self.place_in_epoch(seen) % self.log_metric_every_n_steps == 0

@@ -158,7 +158,7 @@ def agreed_resume_path(run: Run, *, verified: bool = True) -> str | None:
     )
 
 
-def build_reporter(run: Run, plan: TrainPlan | None, *, loader_samples: int, first_step: int) -> Reporter | None:
+def build_reporter(run: Run, *, loader_samples: int, first_step: int) -> Reporter | None:
     """The sinks that ``--report-to`` names, and the log; on rank 0 only."""
     if not run.runtime.is_main:
         return None
@@ -181,8 +181,6 @@ def build_reporter(run: Run, plan: TrainPlan | None, *, loader_samples: int, fir
         progress=run.progress,
         results_path=paths.results_jsonl if paths else None,
         samples_per_epoch=loader_samples,
-        steps_per_epoch=plan.steps_per_epoch if plan else 1,
-        total_steps=plan.total_steps if plan else 1,
     )
 
 

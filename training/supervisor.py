@@ -255,6 +255,22 @@ class Supervisor:
         if self._runtime.is_main and self._root is not None:
             write_sentinel(self._root, signal_name=signal_name, step=step)
 
+    def end_phase(self, *, epoch: int) -> None:
+        """Saves what the next phase goes on from, and waits for it. Collective: all ranks.
+
+        Raises:
+            RuntimeError: it could not be saved.
+        """
+        step = self._parts.state.step
+        with self.phase("save"):
+            saved = self._saver is not None and self._saver.save_now_and_wait(epoch=epoch, reason="phase")
+        if not saved:
+            raise RuntimeError(
+                f"The next phase cannot begin: step {step} could not be saved, see the errors above. Repair the disk, "
+                "or free space, and start again (--resume latest)."
+            )
+        self.end()
+
     def end(self) -> None:
         """Waits for the last save. Collective: all ranks."""
         if self._saver is not None:

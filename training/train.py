@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
 
 from training.checkpoint.run_state import RunParts
 from training.checkpoint.saver import Saver
@@ -16,6 +17,7 @@ from training.data.batch import Batch, BatchRecord, DeviceBatch
 from training.data.trace import SampleTrace
 from training.distributed.runtime import Runtime
 from training.distributed.start_up import on_first_rank
+from training.garbage import CollectionInStep
 from training.measurement import Measurement
 from training.observability.reporter import Reporter
 from training.plan import TrainPlan
@@ -23,9 +25,20 @@ from training.supervisor import Supervisor
 from training.train_step import TrainStep
 
 
+class Ending(Enum):
+    """Why training ended."""
+
+    COMPLETED = "Finished"
+    STOPPED = "Stopped"
+    """By a signal; the run is saved."""
+    PHASE = "Phase over"
+    """The run goes on in its next phase, from the checkpoint of the last step."""
+
+
 def train(
     plan: TrainPlan,
     *,
+    until: int | None = None,
     parts: RunParts,
     train_step: TrainStep,
     schedule: Callable[[int], float],
@@ -37,54 +50,62 @@ def train(
     saver: Saver | None,
     supervisor: Supervisor,
     reporter: Reporter | None,
+    garbage: CollectionInStep,
     runtime: Runtime,
-) -> bool:
-    """Trains from ``parts.state.step`` to the end of the plan. Collective: all ranks, in step.
+) -> Ending:
+    """Trains from ``parts.state`` to the end of the plan, or of the phase. Collective: all ranks, in step.
 
     Args:
+        until: samples seen at which the phase ends; None for the last one.
+        schedule: samples seen -> learning rate of the next step.
         load: brings the loader's batches to the device.
         trace: where the samples of every step are written down; None with no need to.
         evaluate: epoch -> metrics; empty when nothing is due. Called on all ranks.
         evaluated: epochs whose evaluation is already on record (asked once, on rank 0).
         saver: None when nothing is to be saved.
         reporter: only on rank 0, for evaluations.
+        garbage: entered.
 
-    Returns:
-        Whether the plan was completed; False if a signal stopped the run, which is saved then.
+    Raises:
+        RuntimeError: the end of the phase could not be saved.
     """
     state = parts.state
-    ahead = plan.steps_ahead(state)
+    end = plan.total_samples if until is None else min(until, plan.total_samples)
+    epoch = plan.epoch_at(state.samples_seen)
     if supervisor.asked_to_stop():
-        supervisor.end_by_signal(epoch=(state.step + ahead) // plan.steps_per_epoch)
-        return False
-    epoch, place_in_epoch = divmod(state.step + ahead, plan.steps_per_epoch)
-    if saver is not None and place_in_epoch == 0:
+        supervisor.end_by_signal(epoch=epoch)
+        return Ending.STOPPED
+    if saver is not None and plan.begins_epoch(state.samples_seen):
         saver.export_owed(epoch)
-    owed = _owed_evaluation(plan, state.step + ahead, evaluated=evaluated, runtime=runtime)
+    owed = _owed_evaluation(plan, state.samples_seen, evaluated=evaluated, runtime=runtime)
     if owed is not None:
-        _evaluate(owed, state.step, evaluate=evaluate, saver=saver, supervisor=supervisor, reporter=reporter)
+        with garbage.automatic():
+            _evaluate(owed, state.step, evaluate=evaluate, saver=saver, supervisor=supervisor, reporter=reporter)
     batches = load(iter(parts.loader))
     measurement.restart()
-    while state.step + ahead < plan.total_steps:
-        step, place = state.step, state.step + ahead  # batches consumed, and where in the schedule this one stands
+    while state.samples_seen < end:
+        step, seen = state.step, state.samples_seen  # before this step
         micro_batches, waited_s = _next_micro_batches(batches, plan.accum_freq)
-        ends_epoch = (place + 1) % plan.steps_per_epoch == 0
+        ends_epoch = plan.ends_epoch(seen)
+        is_last = seen + plan.samples_per_step >= end
         if supervisor.leaves_out(step):
             _consume(micro_batches, plan, parts=parts, trace=trace)
             decision = supervisor.after_left_out(step)
         else:
             measurement.begin_step(waited_s=waited_s)
-            lr = schedule(place) * supervisor.lr_factor
+            lr = schedule(seen) * supervisor.lr_factor
             metrics = train_step(micro_batches, lr=lr)
             _consume(micro_batches, plan, parts=parts, trace=trace)
-            measurement.end_step(step, place, metrics, micro_batches[-1], lr=lr)
-            saves = ends_epoch or (saver is not None and saver.is_due(state.step))
+            measurement.end_step(step, seen, metrics, micro_batches[-1], lr=lr)
+            saves = ends_epoch or is_last or (saver is not None and saver.is_due(state.step))
             samples = [_record(batch).samples for batch in micro_batches]
             decision = supervisor.after_step(step, metrics.vitals, samples, saves=saves)
 
-        epoch = (place + 1) // plan.steps_per_epoch  # completed ones
+        garbage.after_step(state.step)
+        epoch = plan.epoch_at(state.samples_seen)  # completed ones
         if decision.rewind_from is not None:
-            supervisor.rewind(decision, epoch=epoch)
+            with garbage.automatic():
+                supervisor.rewind(decision, epoch=epoch)
             measurement.restart()
         if saver is not None:
             # Saved before it is evaluated: an evaluation can be repeated, the steps cannot.
@@ -93,14 +114,18 @@ def train(
                     saver.save_epoch(epoch)
                 elif decision.save or saver.is_due(state.step):
                     saver.save_step(epoch=epoch)
-        if decision.stop and place + 1 < plan.total_steps:
+        if decision.stop and state.samples_seen < plan.total_samples:
             supervisor.end_by_signal(epoch=epoch)
-            return False
+            return Ending.STOPPED
         if ends_epoch:
-            _evaluate(epoch, state.step, evaluate=evaluate, saver=saver, supervisor=supervisor, reporter=reporter)
+            with garbage.automatic():
+                _evaluate(epoch, state.step, evaluate=evaluate, saver=saver, supervisor=supervisor, reporter=reporter)
             measurement.restart()
+    if state.samples_seen < plan.total_samples:
+        supervisor.end_phase(epoch=epoch)
+        return Ending.PHASE
     supervisor.end()
-    return True
+    return Ending.COMPLETED
 
 
 def _consume(
@@ -128,11 +153,10 @@ def _next_micro_batches(batches: Iterator[DeviceBatch], count: int) -> tuple[lis
     return micro_batches, time.perf_counter() - start
 
 
-def _owed_evaluation(plan: TrainPlan, place: int, *, evaluated: Callable[[], set[int]], runtime: Runtime) -> int | None:
+def _owed_evaluation(plan: TrainPlan, seen: int, *, evaluated: Callable[[], set[int]], runtime: Runtime) -> int | None:
     """The epoch that a run saved and did not come to evaluate. Collective: all ranks."""
-    epoch, place_in_epoch = divmod(place, plan.steps_per_epoch)
     known = on_first_rank(evaluated, rank=runtime.rank)  # collective: all ranks
-    return epoch if place_in_epoch == 0 and epoch not in known else None
+    return plan.epoch_at(seen) if plan.begins_epoch(seen) and plan.epoch_at(seen) not in known else None
 
 
 def _evaluate(

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from training.observability.console import ProgressLine, set_up_logging
 from training.observability.metrics import Countdown, RunningMean, StepClock, format_duration
-from training.observability.reporter import Reporter
+from training.observability.reporter import Reporter, Standing
 from training.observability.sinks import JsonLinesSink, MetricSink, TensorBoardSink, append_result, evaluated_epochs
 
 METRICS = {
@@ -38,9 +38,14 @@ def _reporter(sinks: list[MetricSink], *, stream: io.StringIO | None = None, res
         progress=ProgressLine(stream or io.StringIO()),
         results_path=results,
         samples_per_epoch=640,
-        steps_per_epoch=10,
-        total_steps=20,
     )
+
+
+def _standing(step: int) -> Standing:
+    """Of steps of 64 samples, 10 an epoch, 20 in all."""
+    epoch, place = divmod(step, 10)
+    samples = 64 * (place + 1)
+    return Standing(epoch, samples, samples / 640, place == 0, steps_done=step + 1, total_steps=20, left=19 - step)
 
 
 def test_throughput_is_that_of_the_window() -> None:
@@ -58,7 +63,7 @@ def test_throughput_is_that_of_the_window() -> None:
 def test_the_log_line_has_open_clips_form(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     reporter = _reporter([])
-    reporter.step(12, METRICS, samples_per_step=64, log_line=True)
+    reporter.step(12, METRICS, standing=_standing(12), log_line=True)
     assert caplog.messages[0].startswith("Train Epoch: 1 [192/640 (30%)] Data (t): 0.010 Batch (t): 0.100, 640.000/s")
     assert (
         "LR: 0.001000 Logit Scale: 14.300 Contrastive_loss: 2.5000 (2.5000) Loss: 2.5000 (2.5000) ETA 0:00"
@@ -70,13 +75,13 @@ def test_the_log_line_ends_with_the_slowest_rank(caplog: pytest.LogCaptureFixtur
     caplog.set_level(logging.INFO)
     slowest = {"rank": 3.0, "score": 0.5, "compute_seconds": 0.2, "data_wait_seconds": 0.01, "others_seconds": 0.1}
     metrics = METRICS | {f"straggler/{name}": value for name, value in slowest.items()}
-    _reporter([]).step(12, metrics, samples_per_step=64, log_line=True)
+    _reporter([]).step(12, metrics, standing=_standing(12), log_line=True)
     assert caplog.messages[0].endswith("Slowest: rank 3 (compute 0.200 s, data 0.010 s, others 0.100 s)")
 
 
 def test_tensorboard_has_open_clips_tags_at_their_steps(tmp_path: Path) -> None:
     reporter = _reporter([TensorBoardSink(tmp_path, first_step=0)])
-    reporter.step(3, METRICS, samples_per_step=64, log_line=False)
+    reporter.step(3, METRICS, standing=_standing(3), log_line=False)
     reporter.evaluation(10, {"epoch": 1, "clip_val_loss": 1.5}, epoch=1)
     reporter.close()
     events = EventAccumulator(str(tmp_path)).Reload()
@@ -136,9 +141,9 @@ def test_other_ranks_show_warnings_only_and_say_who_they_are(
 
 
 def test_the_time_left_follows_the_recent_rate() -> None:
-    countdown = Countdown(total_steps=100)
-    assert countdown.remaining_s(1, step_s=4.0) == pytest.approx(4.0 * 99)
-    assert countdown.remaining_s(11, step_s=1.0) == pytest.approx(3.4 * 89)
+    countdown = Countdown()
+    assert countdown.remaining_s(99, step_s=4.0) == pytest.approx(4.0 * 99)
+    assert countdown.remaining_s(89, step_s=1.0) == pytest.approx(3.4 * 89)
     for _ in range(30):
         remaining = countdown.remaining_s(50, step_s=1.0)
     assert remaining == pytest.approx(50, rel=0.01)
@@ -166,8 +171,6 @@ def test_a_full_disk_costs_numbers_and_not_the_run(tmp_path, caplog):
         progress=ProgressLine(io.StringIO()),
         results_path=tmp_path / "gone" / "results.jsonl",
         samples_per_epoch=10,
-        steps_per_epoch=10,
-        total_steps=10,
     )
     reporter.scalars(1, {"guard/skipped": 1.0})
     reporter.evaluation(1, {"clip_val_loss": 1.0}, epoch=1)

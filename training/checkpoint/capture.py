@@ -83,6 +83,7 @@ def capture(parts: RunParts, *, runtime: Runtime, epoch: int, config: Mapping[st
         "epoch": epoch,
         "samples_seen": parts.state.samples_seen,
         "schedule_batch": parts.state.schedule_batch,
+        "phase": dict(parts.phase),
         "world_size": runtime.world_size,
         "shard_ranks": group.size,
         "optimizer": scalars,

@@ -106,11 +106,7 @@ def check_shapes(saved: Mapping[str, tuple[int, ...]], model: Clip) -> None:
     Raises:
         ValueError: they are not.
     """
-    places = placements(model)
-    expected = {
-        name: places[name].full_shape if name in places else tuple(tensor.shape)
-        for name, tensor in model.state_dict().items()
-    }
+    expected = whole_shapes(model)
     differing = [name for name in {**expected, **saved} if expected.get(name) != saved.get(name)]
     if differing:
         # A tensor that both have tells more than one that is missing.
@@ -120,6 +116,15 @@ def check_shapes(saved: Mapping[str, tuple[int, ...]], model: Clip) -> None:
             f"(first: {name}, saved {saved.get(name, 'not at all')}, now {expected.get(name, 'not at all')}); pass the "
             "--model that the checkpoint was trained with (and its --force-* flags)"
         )
+
+
+def whole_shapes(model: Clip) -> dict[str, tuple[int, ...]]:
+    """Of all weights and buffers."""
+    places = placements(model)
+    return {
+        name: places[name].full_shape if name in places else tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+    }
 
 
 def _without_values(content: Value) -> Value:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,11 +16,12 @@ from models.clip import Clip
 from training.checkpoint.beta2 import carry_beta2
 from training.checkpoint.checkpointer import Checkpointer, check_usable, none_is_whole
 from training.checkpoint.config_change import saved_global_batch
-from training.checkpoint.epoch_loading import agree_on_epoch_file, check_shapes, send, send_weights
+from training.checkpoint.epoch_loading import agree_on_epoch_file, check_shapes, send, send_weights, whole_shapes
 from training.checkpoint.export import newest_epoch_file, newest_readable_epoch_file
 from training.checkpoint.foreign_optimizer import load_foreign_optimizer
 from training.checkpoint.manifest import DamagedCheckpoint, verify
 from training.checkpoint.optimizer_state import SEPARATOR, check_optimizer_names, unpack_optimizer
+from training.checkpoint.positions import ResizedRows, find_resizing
 from training.checkpoint.rows import StateRows, WeightRows, check_state_shapes
 from training.checkpoint.step_loading import FilePlan, StepPlan, TensorStream, agree_on_plan, check_equal
 from training.checkpoint.tags import rewind_order
@@ -58,6 +59,10 @@ class RunParts:
     state: TrainState
     guard: StepGuard | None = None
     escalation: Escalation | None = None
+    phase: Mapping[str, Any] = field(default_factory=lambda: {"number": 1})
+    """Of the curriculum: its number, and what it sets."""
+    resizes_positions: bool = False
+    """Whether a checkpoint of another image size fits: its position embeddings are resized."""
 
 
 def find_resume_path(
@@ -200,17 +205,22 @@ def _load_first_whole(
 
 def _load(plan: StepPlan, parts: RunParts, *, runtime: Runtime, go_on: bool) -> None:
     """Loads a checkpoint; with ``go_on`` also where the run stood. Collective: all ranks."""
-    _check_fit(plan, parts, runtime=runtime)
+    resized = _check_fit(plan, parts, runtime=runtime)
     train = plan.train
     stream = TensorStream(runtime)
     weights, optimizer = WeightRows(parts.model), StateRows(parts.model)
     parts.optimizer.state.clear()  # what is read now takes its place in memory
-    stream.read(plan.files["model"], weights.take, finite=True)  # collective: all ranks
-    stream.read(plan.files["optimizer"], optimizer.take)  # collective: all ranks
+    stream.read(plan.files["model"], resized.before(weights.take), finite=True)  # collective: all ranks
+    stream.read(plan.files["optimizer"], resized.before(optimizer.take))  # collective: all ranks
     data = _read_small(stream, plan.files["data"]) if go_on else {}
     rng = _read_small(stream, plan.files["rng"]) if go_on else {}
     stream.agree()
-    _check_equal(plan, {**weights.tensors, **optimizer.tensors}, stream=stream, model=parts.model, runtime=runtime)
+    resized.put(weights, optimizer, runtime=runtime)  # collective: all ranks
+    for name in resized.names:
+        del stream.dtypes[name]  # other bits than the file's: only the ranks can be compared
+    shapes = resized.fitted({**plan.names("model"), **plan.names("optimizer")})
+    tensors = {**weights.tensors, **optimizer.tensors}
+    _check_equal(plan, tensors, shapes=shapes, stream=stream, model=parts.model, runtime=runtime)
     if go_on:
         _load_stateful(parts.escalation, train.get("escalation"))
         _lower_beta2(parts)
@@ -219,6 +229,8 @@ def _load(plan: StepPlan, parts: RunParts, *, runtime: Runtime, go_on: bool) -> 
     if parts.scaler is not None and train["scaler"] is not None:
         parts.scaler.load_state_dict(train["scaler"])
     _load_stateful(parts.guard, train.get("guard"))
+    if train.get("phase", parts.phase) != parts.phase:
+        _settle(parts, go_on=go_on)
     if go_on:
         parts.loader.load_position(read_position(data, train["data"]))
         _restore_rng(rng, step=int(train["step"]), saved_world_size=train["world_size"], runtime=runtime)
@@ -239,27 +251,45 @@ def _read_small(stream: TensorStream, files: Sequence[FilePlan]) -> dict[str, Te
 
 
 def _check_equal(
-    plan: StepPlan, tensors: Mapping[str, Tensor], *, stream: TensorStream, model: Clip, runtime: Runtime
+    plan: StepPlan,
+    tensors: Mapping[str, Tensor],
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    stream: TensorStream,
+    model: Clip,
+    runtime: Runtime,
 ) -> None:
     group = shard_group(model) or ShardGroup(0, 1, replica=runtime.rank, replicas=runtime.world_size)
     places = placements(model)
     pieces = {
         name
-        for name, shape in {**plan.names("model"), **plan.names("optimizer")}.items()
+        for name, shape in shapes.items()
         if (place := places.get(name.partition(SEPARATOR)[0])) is not None and place.full_shape == shape
     }
     check_equal(plan, tensors, stream=stream, pieces=pieces, group=group)  # collective: all ranks
 
 
-def _check_fit(plan: StepPlan, parts: RunParts, *, runtime: Runtime) -> None:
+def _settle(parts: RunParts, *, go_on: bool) -> None:
+    """Another phase begins here, or the weights are of one that is over: the losses were others then."""
+    if parts.guard is not None:
+        parts.guard.settle()
+    if parts.escalation is not None and go_on:
+        parts.escalation.settle()
+
+
+def _check_fit(plan: StepPlan, parts: RunParts, *, runtime: Runtime) -> ResizedRows:
     """Before anything is overwritten: the checkpoint's tensors are this model's and this optimizer's.
+
+    Returns:
+        How the position embeddings become so, if they are allowed to.
 
     Raises:
         ValueError: they are not. DamagedCheckpoint: because the file that names them is damaged.
     """
     try:
-        check_shapes(plan.names("model"), parts.model)
-        check_state_shapes(parts.model, plan.names("optimizer"))
+        resized = _find_resized(plan, parts)
+        check_shapes(resized.fitted(plan.names("model")), parts.model)
+        check_state_shapes(parts.model, resized.fitted(plan.names("optimizer")))
         check_optimizer_names(parts.optimizer, parts.model, [*plan.names("optimizer"), *plan.train["optimizer"]])
     except ValueError:
         fault = ""
@@ -271,6 +301,26 @@ def _check_fit(plan: StepPlan, parts: RunParts, *, runtime: Runtime) -> None:
         if fault := broadcast_object(fault):  # collective: all ranks, since all came to the same conclusion
             raise DamagedCheckpoint(fault) from None
         raise
+    return resized
+
+
+def _find_resized(plan: StepPlan, parts: RunParts) -> ResizedRows:
+    if not parts.resizes_positions:
+        return ResizedRows(None, {})
+    settings = {**plan.train.get("config", {}), **plan.train.get("phase", {})}
+    size = settings.get("image_size") or settings.get("force_image_size")
+    resizing = find_resizing(
+        parts.model,
+        whole_shapes(parts.model),
+        plan.names("model"),
+        image_hw=None if size is None else (size[0], size[-1]),
+    )
+    if resizing is not None:
+        logger.info(
+            "Position embeddings of %d x %d patches are resized to %d x %d, and their moments.",
+            *(*resizing.old, *resizing.table.grid),
+        )
+    return ResizedRows(resizing, plan.names("optimizer"))
 
 
 def _lower_beta2(parts: RunParts) -> None:

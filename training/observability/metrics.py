@@ -103,15 +103,14 @@ class Countdown:
     _MEMORY = 0.8
     """Weight of the past at each measurement."""
 
-    def __init__(self, *, total_steps: int) -> None:
-        self._total_steps = total_steps
+    def __init__(self) -> None:
         self._step_s: float | None = None
 
-    def remaining_s(self, steps_done: int, *, step_s: float) -> float:
-        """Seconds until the last step, after a window whose steps took ``step_s`` seconds each."""
+    def remaining_s(self, steps_left: float, *, step_s: float) -> float:
+        """Seconds that so many steps take, after a window whose steps took ``step_s`` seconds each."""
         past = step_s if self._step_s is None else self._step_s
         self._step_s = self._MEMORY * past + (1 - self._MEMORY) * step_s
-        return self._step_s * (self._total_steps - steps_done)
+        return self._step_s * steps_left
 
 
 def format_duration(seconds: float) -> str:

@@ -6,12 +6,31 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from training.observability.console import ProgressLine
 from training.observability.metrics import Countdown, RunningMean, format_duration
 from training.observability.sinks import MetricSink, append_result
 
 logger = logging.getLogger(__name__)
+
+
+class Standing(NamedTuple):
+    """Where a run stands after a step."""
+
+    epoch: int
+    """The step's."""
+    samples: int
+    """Of this epoch."""
+    epoch_share: float
+    """The same as a share of what the epoch trains on."""
+    begins_epoch: bool
+    """Whether the step was the first of its epoch."""
+    steps_done: int
+    total_steps: int
+    """At the present global batch, as is ``steps_done``."""
+    left: float
+    """What remains of the run, in steps that cost what the present ones do."""
 
 
 class Reporter:
@@ -25,8 +44,6 @@ class Reporter:
         progress: ProgressLine,
         results_path: Path | None,
         samples_per_epoch: int,
-        steps_per_epoch: int,
-        total_steps: int,
     ) -> None:
         self._sinks = sinks
         self.detail_sinks = detail_sinks
@@ -34,53 +51,41 @@ class Reporter:
         self._progress = progress
         self._results_path = results_path
         self._samples_per_epoch = samples_per_epoch
-        self._steps_per_epoch = steps_per_epoch
-        self._total_steps = total_steps
-        self._countdown = Countdown(total_steps=total_steps)
+        self._countdown = Countdown()
         self._epoch_loss = RunningMean()
         self._lost = 0
 
-    def step(
-        self,
-        step: int,
-        metrics: Mapping[str, float],
-        *,
-        samples_per_step: int,
-        log_line: bool,
-        place: int | None = None,
-    ) -> None:
-        """Reports step number ``step`` (counted from 0): to the sinks, and as a line when ``log_line``.
-
-        Args:
-            place: of the step in the schedule, where that differs (a run that went on with another global batch).
-        """
-        place = step if place is None else place
+    def step(self, step: int, metrics: Mapping[str, float], *, standing: Standing, log_line: bool) -> None:
+        """Reports step number ``step`` (counted from 0): to the sinks, and as a line when ``log_line``."""
         self._write(self._sinks, step, {f"train/{name}": value for name, value in metrics.items()})
-        if place % self._steps_per_epoch == 0:
+        if standing.begins_epoch:
             self._epoch_loss.reset()
         self._epoch_loss.add(metrics["loss"])
-        remaining_s = self._countdown.remaining_s(place + 1, step_s=metrics["batch_time"])
+        remaining_s = self._countdown.remaining_s(standing.left, step_s=metrics["batch_time"])
         if log_line:
-            logger.info("%s", self._line(place, metrics, samples_per_step=samples_per_step, remaining_s=remaining_s))
+            logger.info("%s", self._line(standing, metrics, remaining_s=remaining_s))
         self._progress.show(
-            step=place + 1,
-            total_steps=self._total_steps,
+            step=standing.steps_done,
+            total_steps=standing.total_steps,
             samples_per_second=metrics["samples_per_second"],
             loss=metrics["loss"],
             remaining_s=remaining_s,
         )
 
+    def restart_clock(self) -> None:
+        """Steps take another time from here on."""
+        self._countdown = Countdown()
+
     def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
         """Hands details under their full names to their sinks, without a line."""
         self._write(self.detail_sinks, step, numbers)
 
-    def _line(self, step: int, metrics: Mapping[str, float], *, samples_per_step: int, remaining_s: float) -> str:
-        epoch, done = divmod(step, self._steps_per_epoch)
+    def _line(self, standing: Standing, metrics: Mapping[str, float], *, remaining_s: float) -> str:
         digits = len(str(self._samples_per_epoch))
         mean = self._epoch_loss.mean
         return (
-            f"Train Epoch: {epoch} [{(done + 1) * samples_per_step:>{digits}}/{self._samples_per_epoch} "
-            f"({100 * (done + 1) / self._steps_per_epoch:.0f}%)] "
+            f"Train Epoch: {standing.epoch} [{standing.samples:>{digits}}/{self._samples_per_epoch} "
+            f"({100 * standing.epoch_share:.0f}%)] "
             f"Data (t): {metrics['data_time']:.3f} "
             f"Batch (t): {metrics['batch_time']:.3f}, {metrics['samples_per_second']:#g}/s, "
             f"{metrics['samples_per_second_per_gpu']:#g}/s/gpu "

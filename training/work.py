@@ -1,0 +1,46 @@
+"""Counts the FLOPs that training has cost so far, and what it still will, through all phases. Pure.
+
+Useful ones: of the forward and the backward pass at the phase's image size, patch dropout and text length, nothing
+computed twice. Captions count as long as the phase lets them be, whether they are packed or padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from training.phases import Phase, Phases
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the samples of each phase cost."""
+
+    phases: Phases
+    flops: Sequence[int] | None
+    """Per sample, by phase; None where they are not counted."""
+
+    def flops_of(self, phase: Phase) -> int | None:
+        """Of one sample."""
+        return None if self.flops is None else self.flops[phase.number - 1]
+
+    def read(self, seen: int) -> dict[str, float]:
+        """``exaflops`` of the first ``seen`` samples; empty where they are not counted."""
+        if self.flops is None:
+            return {}
+        total = sum(samples * self.flops[phase.number - 1] for phase, samples in self._parts(0, seen))
+        return {"exaflops": total / 1e18}
+
+    def left(self, seen: int, *, total: int) -> float:
+        """What remains of a run of ``total`` samples, in samples that cost what the present phase's do."""
+        if self.flops is None:
+            return float(max(0, total - seen))
+        # The step that ends a phase is the last of the present ones.
+        now = self.flops[self.phases.at(max(0, seen - 1)).number - 1]
+        return sum(samples * self.flops[phase.number - 1] for phase, samples in self._parts(seen, total)) / now
+
+    def _parts(self, begin: int, end: int) -> Iterator[tuple[Phase, int]]:
+        """Samples of each phase between two points of the run."""
+        for phase in self.phases.all:
+            last = end if phase.end is None else min(end, phase.end)
+            yield phase, max(0, last - max(begin, phase.begin))
