@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import fp8_convergence
 from models.clip import Clip
 from models.config import parse_model_config
 from models.factory import build_model
@@ -167,3 +169,21 @@ def test_a_cpu_is_refused_before_anything_is_converted():
     assert type(model.image_blocks[0].mlp.c_fc) is nn.Linear
     with pytest.raises(ValueError, match="the device is cpu"):
         check_fp8("tensorwise", device=CPU)
+
+
+def test_the_convergence_run_trains_every_arm_and_draws_it(tmp_path):
+    out, drawn = tmp_path / "curves.json", tmp_path / "curves.svg"
+    fp8_convergence.main(
+        ["--steps=2", "--batch-size=2", "--samples=8", "--device=cpu", f"--out={out}", f"--picture={drawn}"]
+    )
+    result = json.loads(out.read_text())
+    assert result["settings"]["emulated"]
+    assert {len(curve) for curve in result["losses"].values()} == {2}
+    assert result["summary"]["bf16"]["largest_difference"] == 0
+    assert result["losses"]["fp8 rowwise"] != result["losses"]["fp8 tensorwise"] != result["losses"]["bf16"]
+    assert drawn.read_text().count("<path d=") > len(fp8_convergence.ARMS)
+
+
+def test_the_share_of_flops_is_that_of_the_layers_converted():
+    # Per token and width D of a block: QKV 3, output 1, MLP 8, all of D * D; what is left is attention and the ends.
+    assert 0.6 < fp8_convergence.fp8_share("ViT-B-32") < 9 / 12

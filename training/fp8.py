@@ -15,10 +15,10 @@ training. An evaluation computes as whoever loads the checkpoint will.
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -96,17 +96,14 @@ def convert_blocks(
     converted: list[str] = []
     left: list[str] = []
     for number, block in enumerate(blocks):
-        names = {name for name, module in block.named_modules() if _is_plain_linear(module)}
-        fitting = {name for name in names if _fits(block.get_submodule(name))}
-        convert_to_float8_training(
-            block, config=settings, module_filter_fn=lambda _, name, wanted=fitting: name in wanted
-        )
+        fitting = fitting_layers(block)
+        left += [f"{number}.{name}" for name in _linear_layers(block) if name not in fitting]
+        converted += [f"{number}.{name}" for name in fitting]
+        convert_to_float8_training(block, config=settings, module_filter_fn=partial(_is_named, fitting))
         for name in fitting:
             linear: Any = block.get_submodule(name)
             linear.train(block.training)  # as the layer that it replaces
-            linear.forward = functools.partial(_forward, linear)
-        converted += [f"{number}.{name}" for name in sorted(fitting)]
-        left += [f"{number}.{name}" for name in sorted(names - fitting)]
+            linear.forward = partial(_forward, linear)
     if not converted:
         raise ValueError(
             f"--fp8 {recipe}: no block of this model has linear layers whose sides are multiples of {_MULTIPLE}: leave "
@@ -136,18 +133,28 @@ def use_fp8(
     return convert_blocks(blocks, recipe, pads=pads)
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
-    # Not what is derived from it: nn.MultiheadAttention uses the weight of its own without calling the layer.
-    return type(module) is nn.Linear
+def fitting_layers(block: nn.Module) -> dict[str, nn.Linear]:
+    """The layers of a block that fp8 can compute, by name."""
+    return {
+        name: layer
+        for name, layer in _linear_layers(block).items()
+        if layer.in_features % _MULTIPLE == 0 and layer.out_features % _MULTIPLE == 0
+    }
 
 
-def _fits(linear: nn.Module) -> bool:
-    assert isinstance(linear, nn.Linear)
-    return linear.in_features % _MULTIPLE == 0 and linear.out_features % _MULTIPLE == 0
+def _linear_layers(block: nn.Module) -> dict[str, nn.Linear]:
+    # Not what is derived from nn.Linear: nn.MultiheadAttention uses the weight of its own without calling the layer.
+    return {name: module for name, module in block.named_modules() if type(module) is nn.Linear}
+
+
+def _is_named(names: Container[str], _: nn.Module, name: str) -> bool:
+    return name in names
 
 
 def _forward(linear: Any, x: Tensor) -> Tensor:
     if linear.training:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # torchao asks for CUDA's only
         computed: Tensor = type(linear).forward(linear, x)
         return computed
     return F.linear(x, linear.weight, linear.bias)
