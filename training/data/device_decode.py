@@ -185,7 +185,8 @@ def check_decoder(device: torch.device) -> None:
     try:
         (image,) = _decode_jpegs([file], device)
     except (RuntimeError, ImportError) as error:
-        raise RuntimeError(f"--decode gpu: JPEGs cannot be decoded on {device} ({error}): {remedy}.") from error
+        cause = str(error).partition("\n")[0]
+        raise RuntimeError(f"--decode gpu: JPEGs cannot be decoded on {device} ({cause}): {remedy}.") from error
     difference = (image.cpu().float() - expected).abs().mean().item()  # host sync
     if difference > _MOST_DIFFERENCE:
         raise RuntimeError(
