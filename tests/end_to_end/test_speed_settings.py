@@ -29,6 +29,14 @@ def test_a_run_computes_attention_with_the_kernel_of_the_flag_and_says_so(run_he
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
+def test_fp8_on_a_cpu_is_refused_in_one_line(run_here: Run, tiny_model: str) -> None:
+    flags = [*COMMON, "--model", tiny_model, "--precision", "amp_bf16", "--fp8", "rowwise"]
+    refused = run_here(flags)
+    assert refused.code != 0
+    assert "--fp8 rowwise needs a GPU with fp8 products, and the device is cpu" in refused.text
+    assert "Traceback" not in refused.text
+
+
 def test_a_run_collects_garbage_after_every_nth_step_and_not_in_between(run_here: Run, tiny_model: str) -> None:
     collected: list[int] = []
 
