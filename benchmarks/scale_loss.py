@@ -11,13 +11,15 @@ Legend: B rank batch, G global batch, E embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from benchmarks.scale_jobs import LOCAL_BATCHES
@@ -25,8 +27,8 @@ from benchmarks.scale_rank import LOSSES, WORLD
 from benchmarks.scale_report import Result, Tables, num_bytes, run_benchmark, table
 from benchmarks.scale_world import LiveMemory, fake_world
 from models.config import load_model_config
-from training.distributed.collectives import all_gather_with_grad, rank
-from training.losses import Loss, build_loss
+from training.distributed.collectives import rank, world_size
+from training.losses import build_loss
 from training.losses.tiles import TILE_ELEMENTS
 
 NAME = "scale_loss"
@@ -42,7 +44,9 @@ def stored_softmax(
 
     Source: ClipLoss of open_clip 3.3.0, with --gather-with-grad.
     """
-    all_images, all_texts = all_gather_with_grad(image_features), all_gather_with_grad(text_features)  # [G, E]
+    all_images, all_texts = image_features, text_features
+    if world_size() > 1:
+        all_images, all_texts = _AllGatherRows.apply(image_features), _AllGatherRows.apply(text_features)  # [G, E]
     if all_rows:
         by_image = logit_scale * all_images @ all_texts.T  # [G, E] x [E, G] -> [G, G]
         by_text = by_image.T
@@ -54,7 +58,24 @@ def stored_softmax(
     return (F.cross_entropy(by_image, labels) + F.cross_entropy(by_text, labels)) / 2
 
 
-FORMS: Mapping[str, Loss] = {
+class _AllGatherRows(torch.autograd.Function):
+    """Rows of all ranks, [B, E] -> [G, E]; the backward pass sums over ranks what each of them asks of these rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        gathered = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
+        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        return gathered
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        summed = grad.new_empty((len(grad) // world_size(), *grad.shape[1:]))
+        dist.reduce_scatter_tensor(summed, grad.contiguous())
+        return summed
+
+
+FORMS: Mapping[str, Callable[..., Tensor]] = {
     **{name: build_loss(config) for name, config in LOSSES.items()},
     "softmax, stored logits of local rows": partial(stored_softmax, all_rows=False),
     "softmax, stored logits of all rows": partial(stored_softmax, all_rows=True),

@@ -10,6 +10,7 @@ State-dict layouts, both as in OpenCLIP (``custom_text`` of the configuration ch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -77,11 +78,27 @@ class Clip(nn.Module):
             return list(cast("list[nn.Module]", getattr(self.text, "blocks", [])))
         return list(self.transformer.resblocks)
 
-    def forward(self, images: Tensor, texts: Tensor | PackedTexts) -> ClipOutput:
-        """Encode a batch of pairs: images float [B, 3, H, W], normalised; texts int64 [B, L] or packed."""
+    def forward(
+        self,
+        images: Tensor,
+        texts: Tensor | PackedTexts,
+        on_text_features: Callable[[Tensor], None] | None = None,
+    ) -> ClipOutput:
+        """Encode a batch of pairs.
+
+        Texts come first, so that what is done with their features can go on beside the image tower, the longer one.
+
+        Args:
+            images: float [B, 3, H, W], normalised.
+            texts: int64 [B, L] or packed.
+            on_text_features: called between the towers with what ``text_features`` will be, graph included.
+        """
+        text_features = _normalized(self._text_features(texts))
+        if on_text_features is not None:
+            on_text_features(text_features)
         return ClipOutput(
             image_features=_normalized(self.visual(images)),
-            text_features=_normalized(self._text_features(texts)),
+            text_features=text_features,
             # New tensors, not views of parameters: whatever wraps the model puts its hooks on what comes out here.
             logit_scale=_full_precision(self.logit_scale).squeeze().exp(),  # [] or [1] -> []
             logit_bias=None if self.logit_bias is None else _full_precision(self.logit_bias).squeeze().clone(),

@@ -6,6 +6,7 @@ Real modules with what is hard about big ones: dropout, BatchNorm on request, a 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +68,15 @@ class TinyClip(nn.Module):
     def text_blocks(self) -> list[nn.Module]:
         return list(self.text.blocks)
 
-    def forward(self, images: Tensor, texts: Tensor) -> ClipOutput:
+    def forward(
+        self, images: Tensor, texts: Tensor, on_text_features: Callable[[Tensor], None] | None = None
+    ) -> ClipOutput:
+        text_features = _normalized(self.text(texts))
+        if on_text_features is not None:
+            on_text_features(text_features)
         return ClipOutput(
             image_features=_normalized(self.visual(images)),
-            text_features=_normalized(self.text(texts)),
+            text_features=text_features,
             logit_scale=self.logit_scale.exp(),
             logit_bias=None if self.logit_bias is None else self.logit_bias + 0,
         )

@@ -202,8 +202,7 @@ def record_settings(run: Run, model: Clip, plan: TrainPlan) -> None:
         plan.accum_freq,
         config.engine.precision,
     )
-    # The remarks on gathering concern several ranks only.
-    for line in describe_loss(config.loss)[: None if runtime.world_size > 1 else 1]:
+    for line in describe_loss(config.loss, world_size=runtime.world_size):
         logger.info("%s", line)
     if run.paths is None:
         return

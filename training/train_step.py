@@ -4,6 +4,9 @@ One micro-batch:
 
     images, texts -> model -> features -> loss over the global batch -> gradients -> verdict -> clip -> update
 
+    texts are encoded first: the other ranks' fly here while the images are encoded, and the gradients of all texts fly
+    back while the image tower's are computed
+
 Several (--accum-freq k). The contrastive loss compares every image with every text, so the losses of k small batches
 are not the loss of the big one. The chain rule is cut at the features instead (GradCache, Gao et al. 2021,
 "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"):
@@ -20,7 +23,7 @@ Legend: B rank batch, E embedding, k micro-batches, R = k * B rows of this rank 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple, Self, cast
 
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 
 from models.clip import ClipOutput
 from training.data.batch import DeviceBatch
+from training.distributed.collectives import GatheredRows
 from training.distributed.parallelize import unwrap
 from training.distributed.sharding import begin_step, exchange_gradients, take_gradients
 from training.losses import Loss
@@ -134,9 +138,11 @@ class TrainStep:
 
     def _backward(self, batch: DeviceBatch) -> tuple[Tensor, list[ClipOutput]]:
         """Gradients of one micro-batch. DDP sums them over ranks while the backward pass still runs."""
-        output = self._forward(self.model, batch)
+        texts: list[GatheredRows] = []
+        output = self._forward(self.model, batch, lambda features: texts.append(self.loss.begin(features)))
         self.compute_clock.stop()
-        loss = self.loss(*output)  # outside of autocast: logits and loss in fp32
+        # Outside of autocast: logits and loss in fp32. Taken out of the list, or all texts would outlive the loss.
+        loss = self.loss(*output, texts.pop())
         self.scaler.scale(loss).backward()
         return loss.detach(), [output]
 
@@ -197,13 +203,15 @@ class TrainStep:
                 outputs.append(self._forward(model, batch))
         return outputs, random_states
 
-    def _forward(self, model: nn.Module, batch: DeviceBatch) -> ClipOutput:
+    def _forward(
+        self, model: nn.Module, batch: DeviceBatch, on_text_features: Callable[[Tensor], None] | None = None
+    ) -> ClipOutput:
         # One autocast region per forward pass. It remembers weights cast to half precision, and a cast made without
         # gradient, reused with gradient, would cut the weight off from the graph.
         plain = unwrap(model)
         meeting = nullcontext() if plain is model else self.compute_clock.paused_until_called(plain)
         with self.precision.autocast(), meeting:
-            return cast(ClipOutput, model(batch.images, batch.texts))
+            return cast(ClipOutput, model(batch.images, batch.texts, on_text_features))
 
 
 class _Gradients(NamedTuple):

@@ -12,13 +12,15 @@ from training.distributed import collectives
 def all_of_them() -> dict[str, object]:
     rank = collectives.rank()
     rows = torch.full((2, 3), float(rank + 1), requires_grad=True)
-    gathered = collectives.all_gather_with_grad(rows)
-    (gathered * torch.arange(1.0, gathered.shape[0] + 1)[:, None] * (rank + 1)).sum().backward()
+    gathering = collectives.gather_rows(rows)
+    gathered = gathering.take()
+    gathering.way_back.begin(torch.arange(1.0, len(gathered) + 1)[:, None].expand_as(gathered) * (rank + 1))
+    gathering.anchor.backward()
     ragged = torch.full((3 * rank, 2), rank, dtype=torch.int64)
     collectives.barrier()
     return {
         "place": (rank, collectives.world_size()),
-        "gathered": gathered.detach(),
+        "gathered": gathered,
         "gradient": rows.grad,
         "ragged": collectives.all_gather_rows(ragged),
         "sum": collectives.all_reduce_sum(torch.tensor([1.0, rank])),

@@ -82,6 +82,11 @@ def test_an_unknown_siglip_implementation_is_refused():
         build_loss(LossConfig(siglip=True, loss_dist_impl="ring"))
 
 
+def test_an_unknown_type_for_the_gather_is_refused():
+    with pytest.raises(ValueError, match="--gather-dtype fp8: unknown; give one of fp32, bf16"):
+        build_loss(LossConfig(gather_dtype="fp8"))
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -90,12 +95,19 @@ def test_an_unknown_siglip_implementation_is_refused():
         (LossConfig(loss_dist_impl="shift"), "--loss-dist-impl has no effect without --siglip"),
         (LossConfig(siglip=True, local_loss=True), "have no effect with --siglip"),
         (LossConfig(siglip=True, loss_dist_impl="bidir"), "bidir: computed as 'gather'"),
+        (LossConfig(gather_dtype="bf16"), "rounded to bf16 for the gather, half of its bytes"),
     ],
 )
 def test_flags_that_mean_something_else_here_are_said(config, said):
-    assert any(said in line for line in describe_loss(config))
+    assert any(said in line for line in describe_loss(config, world_size=2))
 
 
 def test_a_plain_choice_is_described_in_one_line():
-    assert len(describe_loss(LossConfig(local_loss=True, gather_with_grad=True))) == 1
-    assert len(describe_loss(LossConfig(siglip=True, loss_dist_impl="gather"))) == 1
+    assert len(describe_loss(LossConfig(local_loss=True, gather_with_grad=True), world_size=2)) == 1
+    assert len(describe_loss(LossConfig(siglip=True, loss_dist_impl="gather"), world_size=2)) == 1
+
+
+def test_one_process_is_told_what_concerns_it():
+    assert len(describe_loss(LossConfig(), world_size=1)) == 1
+    lines = describe_loss(LossConfig(gather_dtype="bf16"), world_size=1)
+    assert lines[1:] == ["--gather-dtype bf16 has no effect: one process gathers nothing"]

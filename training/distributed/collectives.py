@@ -26,60 +26,83 @@ def world_size() -> int:
     return dist.get_world_size() if _is_distributed() else 1
 
 
-def all_gather_with_grad(rows: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, [B, E] -> [G, E]; B must be equal on all ranks.
+class WayBack:
+    """Brings each rank the sum of all ranks' gradients for its rows, while other gradients are computed."""
 
-    The backward pass sums over ranks what each of them computed for these rows, so that with gradients averaged over
-    ranks afterwards (DDP) the mean over ranks of a per-rank loss has its exact gradient.
-    """
-    if world_size() == 1:
-        return rows
-    return cast(Tensor, _AllGatherRows.apply(rows))  # collective: all ranks
+    def __init__(self) -> None:
+        self._going: tuple[Tensor, dist.Work | None] | None = None
+
+    def begin(self, gradient: Tensor) -> None:
+        """Starts. Call it in the backward pass of whatever read the rows, as soon as the gradient is known.
+
+        Always in the gradient's own type: a sum over a thousand ranks in bf16, which has 8 bits, would lose most of
+        what the later ones add.
+
+        Args:
+            gradient: [G, ...] with respect to the gathered rows; it must not be changed any more.
+        """
+        ranks = world_size()
+        if ranks == 1:
+            self._going = gradient, None
+            return
+        mine = gradient.new_empty((len(gradient) // ranks, *gradient.shape[1:]))
+        work = dist.reduce_scatter_tensor(mine, gradient, async_op=True)  # collective: all ranks, sum
+        self._going = mine, cast(dist.Work, work)
+
+    def end(self) -> Tensor:
+        """[B, ...]: the sum for this rank's rows. For a GPU only what is put on its current stream later waits."""
+        assert self._going is not None, "begin was not called"
+        mine, work = self._going
+        self._going = None
+        if work is not None:
+            work.wait()
+        return mine
 
 
 class GatheredRows:
-    """Rows of all ranks on their way here: other work may be done until ``wait``. Made by ``gather_rows``.
+    """Rows of all ranks on their way here: other work may be done until ``take``. Made by ``gather_rows``.
 
-    It does not hold the rows: their graph holds it, and in such a circle they would live until Python looks for some.
+    A function that computes with the rows takes ``anchor`` as an argument in their place, and in its backward pass
+    calls ``way_back.begin`` with their gradient instead of returning it: [G, ...] never passes through the graph.
     """
 
-    def __init__(self) -> None:
-        self._coming: dist.Work | None = None
-        self._going: tuple[Tensor, dist.Work] | None = None
+    def __init__(self, rows: Tensor, work: dist.Work | None, *, anchor: Tensor, way_back: WayBack) -> None:
+        self._rows: Tensor | None = rows
+        self._work = work
+        self.anchor = anchor
+        """0-D, with a gradient of nothing. It needs one if the rows do; if not, ``way_back`` must not begin."""
+        self.way_back = way_back
 
-    def wait(self) -> None:
-        """Returns when the rows may be used: for a GPU, by what is put on its current stream afterwards."""
-        if self._coming is not None:
-            self._coming.wait()
-            self._coming = None
+    def take(self) -> Tensor:
+        """[G, ...] in rank order, without gradient, and only once: who computes with them decides how long they live.
 
-    def begin_return(self, gradient: Tensor) -> None:
-        """Starts to bring each rank the sum of all ranks' gradients for its rows. Call it in the backward pass.
-
-        Args:
-            gradient: [G, ...] with respect to the gathered rows; the same tensor is then returned to autograd, and
-                must not be changed any more.
+        For a GPU only what is put on its current stream afterwards waits for them.
         """
-        if world_size() > 1:
-            mine = gradient.new_empty((len(gradient) // world_size(), *gradient.shape[1:]))
-            work = dist.reduce_scatter_tensor(mine, gradient, async_op=True)  # collective: all ranks, sum
-            self._going = (mine, cast(dist.Work, work))
+        rows, self._rows = self._rows, None
+        assert rows is not None, "the rows have been taken"
+        if self._work is not None:
+            self._work.wait()
+        return rows
 
 
-def gather_rows(rows: Tensor) -> tuple[Tensor, GatheredRows]:
-    """Starts to gather rows of all ranks, [B, E] -> [G, E]; B must be equal on all ranks.
+def gather_rows(rows: Tensor, *, dtype: torch.dtype | None = None) -> GatheredRows:
+    """Starts to gather rows of all ranks, [B, ...] -> [G, ...]; B must be equal on all ranks.
 
-    Like ``all_gather_with_grad``, but neither pass waits for the network before it must: the backward pass of ``rows``
-    begins with waiting for what ``begin_return`` has sent.
+    Neither pass waits for the network before it must: the backward pass of ``rows`` begins with waiting for what
+    ``way_back`` brings.
 
-    Returns:
-        [G, ...] in rank order, to be read after ``wait``, with a gradient that is given once, by ``begin_return``; and
-        what has these two methods.
+    Args:
+        dtype: what rows are rounded to for the network, this rank's own among them, so that all ranks see the same;
+            None keeps their type. Gradients are those of the rows given. With one process nothing is rounded.
     """
-    gathered = GatheredRows()
+    way_back = WayBack()
+    anchor = _Anchor.apply(rows, way_back)
     if world_size() == 1:
-        return rows, gathered
-    return cast(Tensor, _GatherRowsAhead.apply(rows, gathered)), gathered
+        return GatheredRows(rows.detach(), None, anchor=anchor, way_back=way_back)
+    own = rows.detach().to(dtype or rows.dtype).contiguous()
+    everybody = own.new_empty((world_size() * len(own), *own.shape[1:]))
+    work = dist.all_gather_into_tensor(everybody, own, async_op=True)  # collective: all ranks
+    return GatheredRows(everybody, cast(dist.Work, work), anchor=anchor, way_back=way_back)
 
 
 def all_reduce_log_sum_exp(values: Tensor) -> Tensor:
@@ -163,38 +186,16 @@ def _all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     return reduced
 
 
-class _AllGatherRows(torch.autograd.Function):
-    """One all-gather forward, one reduce-scatter backward."""
+class _Anchor(torch.autograd.Function):
+    """Stands for gathered rows in the graph. It holds the way back only: with the rows it would close a circle."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        return _all_gather(rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        summed = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
-        dist.reduce_scatter_tensor(summed, grad.contiguous())  # collective: all ranks, sum
-        return summed
-
-
-class _GatherRowsAhead(torch.autograd.Function):
-    """One all-gather forward, one reduce-scatter backward, both begun early and waited for late."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, gathered: GatheredRows) -> Tensor:
-        everybody = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
-        work = dist.all_gather_into_tensor(everybody, rows.contiguous(), async_op=True)  # collective: all ranks
-        gathered._coming = cast(dist.Work, work)
-        ctx.gathered = gathered
-        return everybody
+    def forward(ctx: Any, rows: Tensor, way_back: WayBack) -> Tensor:
+        ctx.way_back = way_back
+        ctx.set_materialize_grads(False)
+        return rows.new_empty(())  # on the device of the rows, so that its backward pass runs where theirs does
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        going = ctx.gathered._going
-        assert going is not None, "begin_return was not called"
-        mine, work = going
-        ctx.gathered._going = None
-        work.wait()
-        return mine, None
+    def backward(ctx: Any, grad: None) -> tuple[Tensor, None]:
+        return ctx.way_back.end(), None

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from training.distributed.collectives import GatheredRows, all_reduce_log_sum_exp, gather_rows, rank
-from training.losses.contrastive import at_least_float32, no_autocast
-from training.losses.tiles import TILE_ELEMENTS, Tile, gradients, tiles
+from training.distributed.collectives import GatheredRows, WayBack, all_reduce_log_sum_exp, rank
+from training.losses.contrastive import Loss
+from training.losses.tiles import Tile, gradients, tiles
 
 
-class ClipLoss:
+class ClipLoss(Loss):
     """Symmetric cross-entropy: each image picks its text out of the global batch, each text its image.
 
     Returns the share of the rank's own images and texts; the mean over ranks is the loss of the global batch. The
@@ -32,45 +32,29 @@ class ClipLoss:
     Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", figure 3.
     """
 
-    def __init__(self, *, tile_elements: int = TILE_ELEMENTS) -> None:
-        """
-        Args:
-            tile_elements: logits in memory at a time.
-        """
-        self.tile_elements = tile_elements
-
-    def __call__(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None
-    ) -> Tensor:
-        with no_autocast(image_features):
-            texts, gathered = gather_rows(at_least_float32(text_features))
-            loss: Tensor = _TiledSoftmax.apply(
-                at_least_float32(image_features),
-                texts,
-                at_least_float32(logit_scale),
-                # A softmax does not see a bias, but a model that has one needs it in the graph: DDP waits for its
-                # gradient, which is zero.
-                None if logit_bias is None else at_least_float32(logit_bias),
-                gathered,
-                self.tile_elements,
-            )
+    def _compare(self, images: Tensor, texts: GatheredRows, scale: Tensor, bias: Tensor | None) -> Tensor:
+        # A softmax does not see a bias, but a model that has one needs it in the graph: DDP waits for its gradient,
+        # which is zero.
+        loss: Tensor = _TiledSoftmax.apply(
+            images, texts.anchor, scale, bias, texts.take(), texts.way_back, self.tile_elements
+        )
         return loss
 
 
 class _TiledSoftmax(torch.autograd.Function):
-    """images [B, E], all texts [G, E], scale [], bias [] or None -> loss []."""
+    """images [B, E], anchor of the texts [], scale [], bias [] or None, all texts [G, E] -> loss []."""
 
     @staticmethod
     def forward(
         ctx: Any,
         images: Tensor,
-        texts: Tensor,
+        anchor: Tensor,
         scale: Tensor,
         bias: Tensor | None,
-        gathered: GatheredRows,
+        texts: Tensor,
+        way_back: WayBack,
         tile_elements: int,
     ) -> Tensor:
-        gathered.wait()
         count = len(images)
         first = rank() * count
         rows = images.new_full((count,), -torch.inf)  # log of the sum of exponentials along each row
@@ -85,7 +69,7 @@ class _TiledSoftmax(torch.autograd.Function):
             columns[tile.columns] = logits.logsumexp(dim=0)
         columns = all_reduce_log_sum_exp(columns)  # collective: all ranks
         ctx.save_for_backward(images, texts, scale, rows, columns)
-        ctx.has_bias, ctx.gathered, ctx.first, ctx.tile_elements = bias is not None, gathered, first, tile_elements
+        ctx.has_bias, ctx.way_back, ctx.first, ctx.tile_elements = bias is not None, way_back, first, tile_elements
         return ((rows - pairs).mean() + (columns[first : first + count] - pairs).mean()) / 2
 
     @staticmethod
@@ -106,9 +90,17 @@ class _TiledSoftmax(torch.autograd.Function):
                 slope.diagonal(tile.diagonal).copy_(torch.expm1(own - of_rows) + torch.expm1(own - of_columns))
             return slope
 
-        found = gradients(images, texts, scale, first=ctx.first, elements=ctx.tile_elements, slopes=slopes)
+        found = gradients(
+            images,
+            texts,
+            scale,
+            first=ctx.first,
+            elements=ctx.tile_elements,
+            slopes=slopes,
+            of_texts_wanted=ctx.needs_input_grad[1],
+        )
         factor = grad / (2 * len(images))
-        of_texts = found.texts.mul_(factor)
-        ctx.gathered.begin_return(of_texts)
+        if found.texts is not None:
+            ctx.way_back.begin(found.texts.mul_(factor))
         of_bias = torch.zeros_like(scale) if ctx.has_bias else None
-        return found.images.mul_(factor), of_texts, found.scale * factor, of_bias, None, None
+        return found.images.mul_(factor), None, found.scale * factor, of_bias, None, None, None

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from training.distributed.collectives import GatheredRows, gather_rows, rank
-from training.losses.contrastive import at_least_float32, no_autocast
-from training.losses.tiles import TILE_ELEMENTS, Tile, gradients, tiles
+from training.distributed.collectives import GatheredRows, WayBack, rank
+from training.losses.contrastive import Loss
+from training.losses.tiles import Tile, gradients, tiles
 
 
-class SiglipLoss:
+class SiglipLoss(Loss):
     """Every (image, text) pair is a yes/no question; the sum over the rank's B x G pairs, divided by B.
 
     Its mean over ranks is the sum over all G x G pairs divided by G, as in the paper. Only texts are gathered.
@@ -25,46 +25,35 @@ class SiglipLoss:
     Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", algorithm 1.
     """
 
-    def __init__(self, *, tile_elements: int = TILE_ELEMENTS) -> None:
-        """
-        Args:
-            tile_elements: logits in memory at a time.
-        """
-        self.tile_elements = tile_elements
-
-    def __call__(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None
-    ) -> Tensor:
-        with no_autocast(image_features):
-            texts, gathered = gather_rows(at_least_float32(text_features))
-            scale = at_least_float32(logit_scale)
-            bias = torch.zeros_like(scale) if logit_bias is None else at_least_float32(logit_bias)
-            images = at_least_float32(image_features)
-            loss: Tensor = _TiledSigmoid.apply(images, texts, scale, bias, gathered, self.tile_elements)
+    def _compare(self, images: Tensor, texts: GatheredRows, scale: Tensor, bias: Tensor | None) -> Tensor:
+        bias = torch.zeros_like(scale) if bias is None else bias
+        loss: Tensor = _TiledSigmoid.apply(
+            images, texts.anchor, scale, bias, texts.take(), texts.way_back, self.tile_elements
+        )
         return loss
 
 
 class _TiledSigmoid(torch.autograd.Function):
-    """images [B, E], all texts [G, E], scale [], bias [] -> loss []."""
+    """images [B, E], anchor of the texts [], scale [], bias [], all texts [G, E] -> loss []."""
 
     @staticmethod
     def forward(
         ctx: Any,
         images: Tensor,
-        texts: Tensor,
+        anchor: Tensor,
         scale: Tensor,
         bias: Tensor,
-        gathered: GatheredRows,
+        texts: Tensor,
+        way_back: WayBack,
         tile_elements: int,
     ) -> Tensor:
-        gathered.wait()
         first = rank() * len(images)
         total = images.new_zeros(())
         for tile in tiles(images, texts, first=first, elements=tile_elements):
             # Not softplus(x) - x for the pairs: at x = 20 that loses the whole gradient of a good pair in fp32.
             total -= F.logsigmoid(_answers(tile, scale, bias)).sum()
         ctx.save_for_backward(images, texts, scale, bias)
-        ctx.gathered, ctx.first, ctx.tile_elements = gathered, first, tile_elements
+        ctx.way_back, ctx.first, ctx.tile_elements = way_back, first, tile_elements
         return total / len(images)
 
     @staticmethod
@@ -77,11 +66,19 @@ class _TiledSigmoid(torch.autograd.Function):
             slope.diagonal(tile.diagonal).neg_()
             return slope
 
-        found = gradients(images, texts, scale, first=ctx.first, elements=ctx.tile_elements, slopes=slopes)
+        found = gradients(
+            images,
+            texts,
+            scale,
+            first=ctx.first,
+            elements=ctx.tile_elements,
+            slopes=slopes,
+            of_texts_wanted=ctx.needs_input_grad[1],
+        )
         factor = grad / len(images)
-        of_texts = found.texts.mul_(factor)
-        ctx.gathered.begin_return(of_texts)
-        return found.images.mul_(factor), of_texts, found.scale * factor, found.bias * factor, None, None
+        if found.texts is not None:
+            ctx.way_back.begin(found.texts.mul_(factor))
+        return found.images.mul_(factor), None, found.scale * factor, found.bias * factor, None, None, None
 
 
 def _answers(tile: Tile, scale: Tensor, bias: Tensor) -> Tensor:

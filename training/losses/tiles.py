@@ -24,7 +24,7 @@ class Tile(NamedTuple):
     columns: slice
     """Which texts."""
     texts: Tensor
-    """[C, E]."""
+    """[C, E], in the type of the images."""
     scores: Tensor
     """[B, C] cosines, before temperature and bias; the caller may overwrite them."""
     diagonal: int
@@ -41,13 +41,13 @@ def tiles(images: Tensor, texts: Tensor, *, first: int, elements: int = TILE_ELE
 
     Args:
         images: [B, E].
-        texts: [G, E].
+        texts: [G, E]; in a lower precision they are raised tile by tile, and stay as small as they came.
         first: column of the first image's own text; the others follow.
         elements: scores in one tile, at least one column of them.
     """
     width = max(1, elements // max(1, len(images)))
     for start in range(0, len(texts), width):
-        some = texts[start : start + width]
+        some = texts[start : start + width].to(images.dtype)
         yield Tile(slice(start, start + len(some)), some, images @ some.T, first - start)
 
 
@@ -56,8 +56,8 @@ class Gradients(NamedTuple):
 
     images: Tensor
     """[B, E]."""
-    texts: Tensor
-    """[G, E]: what this rank's images ask of all texts."""
+    texts: Tensor | None
+    """[G, E]: what this rank's images ask of all texts; None if nobody wants to know."""
     scale: Tensor
     bias: Tensor
 
@@ -70,20 +70,25 @@ def gradients(
     first: int,
     elements: int,
     slopes: Callable[[Tile], Tensor],
+    of_texts_wanted: bool,
 ) -> Gradients:
     """Gradients of a loss that is a sum over scaled scores.
 
     Args:
         slopes: of a tile: [B, C], the loss's derivative with respect to each logit (scale * score + bias).
+        of_texts_wanted: False for a frozen text tower: one matrix product in three less.
     """
     of_images = torch.zeros_like(images)
-    of_texts = torch.empty_like(texts)
+    of_texts = images.new_empty(texts.shape) if of_texts_wanted else None
     of_bias = torch.zeros_like(scale)
     for tile in tiles(images, texts, first=first, elements=elements):
         slope = slopes(tile)
         of_images.addmm_(slope, tile.texts)  # [B, C] x [C, E]
-        torch.mm(slope.T, images, out=of_texts[tile.columns])  # [C, B] x [B, E]
+        if of_texts is not None:
+            torch.mm(slope.T, images, out=of_texts[tile.columns])  # [C, B] x [B, E]
         of_bias += slope.sum()
     # The sum over all pairs of slope * score, without going through the pairs again.
     of_scale = (of_images * images).sum()
-    return Gradients(of_images.mul_(scale), of_texts.mul_(scale), of_scale, of_bias)
+    if of_texts is not None:
+        of_texts.mul_(scale)
+    return Gradients(of_images.mul_(scale), of_texts, of_scale, of_bias)
