@@ -74,7 +74,7 @@ soak: $(INSTALLED_TEST)  ## one fault after another at random, for SOAK minutes
 lint: $(INSTALLED_TEST)  ## style, types and layers only
 	$(PYTHON) -m pytest -q tests/test_layers.py
 
-gpu: $(INSTALLED_TEST)  ## GPU tests, then GPU benchmarks into benchmarks/results (8 minutes)
+gpu: $(INSTALLED_TEST)  ## GPU tests, then the GPU benchmark of the step into benchmarks/results (8 minutes)
 	$(PYTHON) -m pytest -q -m gpu tests
 	PYTHON=$(PYTHON) bash benchmarks/gpu_all.sh
 
