@@ -96,7 +96,8 @@ class ClipyardRun:
             lease=None,
             after_signal=False,
         )
-        self._loader = build_loader(run, create_model(settings.model, device="meta"))
+        built = create_model(settings.model, device="meta")
+        self._loader = build_loader(run, built, epoch_batch=run.config.data.batch_size)
 
     def batches(self) -> Iterator[DeviceBatch]:
         return self._arm._load(iter(self._loader))

@@ -45,10 +45,11 @@ from training.config import EngineConfig, LossConfig, OptimConfig
 from training.data.batch import DeviceBatch, normalize
 from training.data.demo_samples import DemoSpec, plan_sample
 from training.data.demo_scenes import render
+from training.distributed.collectives import GatheredRows
 from training.distributed.parallelize import parallelize
 from training.distributed.runtime import Runtime
 from training.losses.build import build_loss
-from training.losses.contrastive import no_autocast
+from training.losses.contrastive import Loss, at_least_float32
 from training.optim.optimizer import build_optimizer
 from training.precision import build_precision
 from training.train_step import TrainStep
@@ -213,7 +214,7 @@ def build_arm(name: str, arguments: argparse.Namespace, *, precision: str, compi
         return _ours(model, device, engine, optim=_optim(), loss=build_loss(LossConfig()))
     engine = EngineConfig(device=str(device), precision=precision, text_packing="off")
     optim = _optim({"foreach": False, "fused": False})
-    return _ours(model, device, engine, optim=optim, loss=plain_softmax_loss, whole_last_block=True)
+    return _ours(model, device, engine, optim=optim, loss=PlainSoftmaxLoss(), whole_last_block=True)
 
 
 def _optim(opt_kwargs: Mapping[str, Any] | None = None) -> OptimConfig:
@@ -234,7 +235,7 @@ def _ours(
     engine: EngineConfig,
     *,
     optim: OptimConfig,
-    loss: Any,
+    loss: Loss,
     whole_last_block: bool = False,
 ) -> Step:
     built = create_model(name, device=str(device))
@@ -276,10 +277,15 @@ def _images(batch: HostBatch, built: BuiltModel, device: torch.device) -> Tensor
     return normalize(batch.images.to(device), mean=built.preprocess.mean, std=built.preprocess.std)
 
 
-def plain_softmax_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor | None) -> Tensor:
+class PlainSoftmaxLoss(Loss):
     """The loss as CLIP's paper writes it (figure 3), for one process: all logits stored, two cross-entropies."""
-    with no_autocast(images):
-        logits = logit_scale * images @ texts.T  # [B, E] x [E, B] -> [B, B]
+
+    def begin(self, text_features: Tensor) -> GatheredRows:
+        self._texts = at_least_float32(text_features)  # with their graph: autograd does the rest
+        return super().begin(text_features)
+
+    def _compare(self, images: Tensor, texts: GatheredRows, scale: Tensor, bias: Tensor | None) -> Tensor:
+        logits = scale * images @ self._texts.T  # [B, E] x [E, B] -> [B, B]
         own = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 

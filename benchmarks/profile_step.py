@@ -18,9 +18,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.batches import HostBatch, make_batches
@@ -38,6 +39,7 @@ from benchmarks.train_step_arms import (
 from models.factory import create_model
 from models.transformer import Transformer
 from training.assembly import seed_all, set_device_defaults
+from training.losses import Loss
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks" / "profile.md"
@@ -121,7 +123,7 @@ def build_arm(name: str, settings: ArmSettings, arguments: argparse.Namespace) -
     """One of the three, with its loss marked for the profile."""
     if name == BEFORE:
         theirs = OpenClipArm(settings, tuning=Tuning(compiled=arguments.tune_open_clip))
-        theirs._loss = marked(theirs._loss)
+        theirs._loss = Marked(theirs._loss)
         return theirs
     if name == AFTER:
         ours = ClipyardArm(settings, flags=["--torchcompile"] if arguments.torchcompile else [])
@@ -130,18 +132,23 @@ def build_arm(name: str, settings: ArmSettings, arguments: argparse.Namespace) -
         for module in ours.model.modules():
             if isinstance(module, Transformer):
                 module.whole_last_block = True
-    ours._step.loss = marked(ours._step.loss)
+    ours._step.loss = cast(Loss, Marked(ours._step.loss))
     return ours
 
 
-def marked(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """The same loss, with a name around it that the profile shows."""
+class Marked:
+    """A loss with a name around it that the profile shows."""
 
-    def call(*arguments: Any, **options: Any) -> Any:
+    def __init__(self, loss: Callable[..., Any]) -> None:
+        self._loss: Any = loss
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
         with record_function(LOSS_MARK):
-            return loss(*arguments, **options)
+            return self._loss(*arguments, **options)
 
-    return call
+    def begin(self, text_features: Tensor) -> Any:
+        with record_function(LOSS_MARK):
+            return self._loss.begin(text_features)
 
 
 def trace_path(trace: Path | None, name: str) -> Path | None:
