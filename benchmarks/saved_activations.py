@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.model_facts import CudaAutocastPolicy, to_fake_cpu
+from benchmarks.open_clip_models import build_open_clip, open_clip_inputs
 from benchmarks.scale_world import LiveMemory
 from benchmarks.training_flops import ending_at
 from models.factory import create_model
@@ -41,49 +42,44 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "both": {**_COMPILED, **_SELECTIVE},
 }
 _BATCHES = (16, 32)
+_ALONE = Runtime(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def saved_by_us(model_name: str, lengths: Sequence[int], *, way: str) -> float:
     """Bytes per pair.
 
     Args:
-        lengths: tokens of captions, which fill the batches in turn.
+        lengths: tokens of captions, as many as the larger batch at least.
         way: one of ``WAYS``.
     """
+    model, config, _ = create_model(model_name, device="meta")
+    engine = EngineConfig(device="cpu", **WAYS[way])
+    count = _count_saved if engine.torchcompile else _count_live
     counts = []
-    for batch_size in _BATCHES:
-        model, config, _ = create_model(model_name, device="meta")
-        texts = pack_texts(ending_at(lengths[:batch_size], config.text_cfg.context_length))
-        with _without_memory() as mode:
-            to_fake_cpu(model.train())
+    with _without_memory() as mode:
+        to_fake_cpu(model.train())
+        trained = parallelize(model, config=engine, runtime=_ALONE)
+        for batch_size in _BATCHES:
             images = torch.empty(batch_size, 3, *config.vision_cfg.image_hw)
-            packed = tree_map_only(Tensor, mode.from_tensor, texts)
-            engine = EngineConfig(device="cpu", **WAYS[way])
-            runtime = Runtime(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-            trained = parallelize(model, config=engine, runtime=runtime)
-            count = _count_saved if engine.torchcompile else _count_live
-            before = [*model.parameters(), *model.buffers(), images, *_tensors(packed)]
-            counts.append(count(partial(trained, images, packed), before))
+            with unset_fake_temporarily():
+                texts = pack_texts(ending_at(lengths[:batch_size], config.text_cfg.context_length))
+            texts = tree_map_only(Tensor, mode.from_tensor, texts)
+            before = [*model.parameters(), *model.buffers(), images, *_tensors(texts)]
+            torch._dynamo.reset()  # or it would make programs for both sizes at once
+            counts.append(count(partial(trained, images, texts), before))
     return _per_pair(counts)
 
 
 def saved_by_open_clip(model_name: str) -> float:
     """Bytes per pair, captions of full length."""
-    import open_clip
-
+    model = build_open_clip(model_name)
     counts = []
-    for batch_size in _BATCHES:
-        with torch.device("meta"):
-            model = open_clip.create_model(model_name, device="meta")
-        size = model.visual.image_size
-        height, width = size if isinstance(size, tuple) else (size, size)
-        with _without_memory():
-            to_fake_cpu(model.train())
-            images = torch.empty(batch_size, 3, height, width)
-            texts = torch.zeros(batch_size, model.context_length, dtype=torch.int64)
-            counts.append(
-                _count_live(partial(model, images, texts), [*model.parameters(), *model.buffers(), images, texts])
-            )
+    with _without_memory():
+        to_fake_cpu(model)
+        for batch_size in _BATCHES:
+            images, texts = open_clip_inputs(model, batch_size, device="cpu")
+            before = [*model.parameters(), *model.buffers(), images, texts]
+            counts.append(_count_live(partial(model, images, texts), before))
     return _per_pair(counts)
 
 
@@ -93,7 +89,6 @@ def _per_pair(counts: Sequence[int]) -> float:
 
 @contextmanager
 def _without_memory() -> Iterator[FakeTensorMode]:
-    torch._dynamo.reset()
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         warnings.simplefilter("ignore")  # timm and autocast remark on what is meant so here
         yield mode

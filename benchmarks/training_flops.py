@@ -40,11 +40,14 @@ class TrainingFlops(NamedTuple):
     """OpenCLIP's, whose own modules count the same."""
 
 
-def training_flops_per_sample(model_name: str, lengths: Sequence[int], **options: Any) -> TrainingFlops:
+def training_flops_per_sample(
+    model_name: str, lengths: Sequence[int], *, batch_size: int | None = None, **options: Any
+) -> TrainingFlops:
     """Of a model on captions of these lengths; a few seconds, and no memory to speak of.
 
     Args:
-        lengths: tokens of each caption of a batch up to its end token, that included.
+        lengths: tokens of each caption up to its end token, that included.
+        batch_size: how many captions are packed together; None: all of them.
         options: of ``create_model``: image size, patch dropout and the like.
 
     Raises:
@@ -60,7 +63,9 @@ def training_flops_per_sample(model_name: str, lengths: Sequence[int], **options
     useful_text = Fraction(full_text) if form is TextForm.PADDED else _mean_text(model, lengths)
     computed_text = useful_text
     if form is TextForm.PACKED:
-        computed_text = Fraction(count_texts(model, pack_texts(ending_at(lengths, context)).to("meta")), len(lengths))
+        starts = range(0, len(lengths), batch_size or len(lengths))
+        batches = [pack_texts(ending_at(lengths[start:][:batch_size], context)) for start in starts]
+        computed_text = Fraction(sum(count_texts(model, batch.to("meta")) for batch in batches), len(lengths))
     compute_last_blocks(model, whole=True)
     padded = count_image(model, batch_size=1) + count_texts(model, padded_texts(1, context))
     return TrainingFlops(float(image + useful_text), float(image + computed_text), float(padded))
