@@ -1,14 +1,15 @@
 """Chooses the form in which captions reach a text tower: the shortest that leaves its features as they are.
 
-    packed    no padding at all: causal attention, and an end token that is pooled
-    trimmed   padded to the longest caption of the batch: the same towers, where their blocks are open_clip's
-    padded    to the context length: everything whose features depend on the padding, or may
+packed    no padding at all: causal attention, and an end token that is pooled
+trimmed   padded to the longest caption of the batch: the same towers, where their blocks are open_clip's
+padded    to the context length: everything whose features depend on the padding, or may
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 
 from torch import Tensor
@@ -61,6 +62,29 @@ def check_packable(config: ClipConfig) -> None:
     form, reason = choose_text_form(config)
     if form is not TextForm.PACKED:
         raise ValueError(f"the texts are packed, and model '{config.name}' cannot take that: {reason}; pad them")
+
+
+def cut_texts(config: ClipConfig, text_length: int | None) -> ClipConfig:
+    """What a tokenizer and a packer are built from whose captions are cut; the model stays as it is.
+
+    Raises:
+        ValueError: longer than the context, or a model whose features depend on the padding.
+    """
+    if text_length is None:
+        return config
+    context_length = config.text_cfg.context_length
+    if text_length > context_length:
+        raise ValueError(
+            f"text_length {text_length} is more than the context of {context_length} tokens of model '{config.name}': "
+            "lower it, or pass --force-context-length"
+        )
+    form, reason = choose_text_form(config)
+    if form is TextForm.PADDED and text_length < context_length:
+        raise ValueError(
+            f"text_length {text_length} cannot be had from model '{config.name}': {reason}, so captions cut and padded "
+            "to fewer tokens are other inputs than in the model's own length; leave text_length out"
+        )
+    return replace(config, text_cfg=replace(config.text_cfg, context_length=text_length))
 
 
 def build_packer(config: ClipConfig, *, text_packing: str) -> PackTexts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ from training.attention_kernel import AttentionCall, attention_calls, attention_
 from training.checkpoint.checkpointer import Checkpointer
 from training.checkpoint.run_state import RunParts
 from training.checkpoint.saver import Saver
-from training.cli import config_values
 from training.config import Config, ModelConfig, ScheduleConfig
 from training.data.accounting import FEWEST_SLOTS, BadSampleBudget
 from training.data.batch import Batch, DeviceBatch, to_device
@@ -29,11 +28,16 @@ from training.data.loader import TrainLoader
 from training.data.meter import DataMeter
 from training.data.prefetch import load_to_device, pin
 from training.distributed.collectives import all_reduce_sum, gather_objects
+from training.distributed.memory_format import image_memory_format
 from training.distributed.mesh import is_sharded
-from training.distributed.parallelize import parallelize
+from training.distributed.parallelize import parallelize, tower_blocks
 from training.distributed.runtime import Runtime, collective_timeout
 from training.distributed.start_up import on_first_rank
+from training.evaluation.evaluate import build_evaluators, evaluate
+from training.evaluation.evaluators import Evaluator
+from training.fp8 import use_fp8
 from training.measurement import Measurement
+from training.observability.events import EventLog
 from training.observability.reporter import Reporter
 from training.observability.telemetry import Telemetry
 from training.optim.optimizer import build_optimizer
@@ -45,7 +49,7 @@ from training.resilience.escalation import Escalation
 from training.resilience.guard import StepGuard
 from training.resilience.preemption import Preemption
 from training.resilience.watchdog import Watchdog
-from training.run import Run, open_events
+from training.run import Run
 from training.state import TrainState
 from training.supervisor import Supervisor, Watch
 from training.train_step import TrainStep
@@ -59,17 +63,30 @@ class TrainedModel(NamedTuple):
     wrapped: nn.Module
 
 
-def build_trained_model(config: Config, *, runtime: Runtime, precision: Precision) -> TrainedModel:
+def build_trained_model(
+    config: Config, *, runtime: Runtime, precision: Precision, reads_weights: bool = True
+) -> TrainedModel:
     """The model as it trains, on its device. Collective: all ranks.
 
     A seed means the same weights with and without FSDP. With it only rank 0 has them in memory, until the others have
     got their shards.
+
+    Args:
+        reads_weights: False for a model that gets them from elsewhere.
     """
     is_split = is_sharded(config.engine, world_size=runtime.world_size)
-    whole = build_model(config) if runtime.is_main or not is_split else None
+    whole = build_model(config, reads_weights=reads_weights) if runtime.is_main or not is_split else None
     built = build_model(config, skeleton=True) if whole is None or is_split else whole
     for model in {built.model, built.model if whole is None else whole.model}:
         cast_parameters(model, precision)
+    if config.engine.fp8 != "off":
+        use_fp8(
+            tower_blocks(built.model),
+            config.engine.fp8,
+            device=runtime.device,
+            batch_size=config.data.batch_size,
+            tokens=built.config.text_cfg.context_length,
+        )
     wrapped = parallelize(
         built.model if is_split else built.model.to(runtime.device),
         config=config.engine,
@@ -81,7 +98,7 @@ def build_trained_model(config: Config, *, runtime: Runtime, precision: Precisio
     return TrainedModel(built, wrapped)
 
 
-def build_model(config: Config, *, skeleton: bool = False) -> BuiltModel:
+def build_model(config: Config, *, skeleton: bool = False, reads_weights: bool = True) -> BuiltModel:
     """The model on the CPU, with weights loaded and towers locked as the flags say.
 
     Args:
@@ -95,7 +112,7 @@ def build_model(config: Config, *, skeleton: bool = False) -> BuiltModel:
         pretrained=model.pretrained,
         pretrained_image=model.pretrained_image,
         device="meta" if skeleton else "cpu",
-        reads_weights=not skeleton,
+        reads_weights=reads_weights and not skeleton,
         cache_dir=model.cache_dir,
         force_quick_gelu=model.force_quick_gelu,
         force_custom_text=model.force_custom_text,
@@ -127,8 +144,50 @@ def _lock_towers(built: BuiltModel, config: ModelConfig) -> None:
         )
 
 
-def build_loader(run: Run, built: BuiltModel) -> TrainLoader:
-    """The loader of the training data; its first sample has been looked at."""
+def build_evaluations(run: Run, built: BuiltModel) -> list[Evaluator]:
+    """What the flags ask to be evaluated. Collective: all ranks."""
+    config, runtime = run.config, run.runtime
+    return build_evaluators(
+        config.evaluation,
+        config.data,
+        preprocess=built.preprocess,
+        tokenizer=build_tokenizer(built.config, cache_dir=config.model.cache_dir),
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        device=runtime.device,
+    )
+
+
+def evaluate_epoch(
+    run: Run,
+    built: BuiltModel,
+    evaluators: Sequence[Evaluator],
+    precision: Precision,
+    epoch: int,
+    *,
+    last: bool | None = None,
+) -> Mapping[str, float]:
+    """Metrics after ``epoch`` completed epochs; empty when nothing is due. Collective: all ranks."""
+    if epoch == 0 and last is None and not run.config.evaluation.evaluate_at_start:
+        return {}
+    return evaluate(
+        built.model,
+        evaluators,
+        epoch=epoch,
+        last=epoch == run.config.schedule.epochs if last is None else last,
+        preprocess=built.preprocess,
+        device=run.runtime.device,
+        autocast=precision.autocast,
+        input_dtype=precision.input_dtype,
+    )
+
+
+def build_loader(run: Run, built: BuiltModel, *, epoch_batch: int | None = None) -> TrainLoader:
+    """The loader of the training data; its first sample has been looked at.
+
+    Args:
+        epoch_batch: samples per rank and micro-step that an epoch is divided into; None: those of the settings.
+    """
     config, runtime = run.config, run.runtime
     loader = build_train_loader(
         config.data,
@@ -139,6 +198,7 @@ def build_loader(run: Run, built: BuiltModel) -> TrainLoader:
         world_size=runtime.world_size,
         accum_freq=config.engine.accum_freq,
         seed=config.engine.seed,
+        epoch_batch=epoch_batch,
         pin=pin if runtime.device.type == "cuda" else None,
     )
     loader.check_first_sample()
@@ -146,11 +206,7 @@ def build_loader(run: Run, built: BuiltModel) -> TrainLoader:
 
 
 def build_plan(run: Run, loader: TrainLoader, *, epoch_batch: int) -> TrainPlan:
-    """How many steps of how many samples.
-
-    Args:
-        epoch_batch: samples per rank and micro-step that the loader has divided its epoch into.
-    """
+    """How many steps of how many samples; ``epoch_batch`` as for the loader."""
     config = run.config
     ranks = run.runtime.world_size * config.engine.accum_freq
     return TrainPlan(
@@ -163,7 +219,15 @@ def build_plan(run: Run, loader: TrainLoader, *, epoch_batch: int) -> TrainPlan:
     )
 
 
-def build_parts(run: Run, built: BuiltModel, loader: TrainLoader, *, precision: Precision) -> RunParts:
+def build_parts(
+    run: Run,
+    built: BuiltModel,
+    loader: TrainLoader,
+    *,
+    precision: Precision,
+    phase: Mapping[str, Any],
+    resizes_positions: bool,
+) -> RunParts:
     """What a checkpoint holds."""
     config, runtime = run.config, run.runtime
     optimizer = build_optimizer(built.model, config.optim)
@@ -176,7 +240,15 @@ def build_parts(run: Run, built: BuiltModel, loader: TrainLoader, *, precision: 
     )
     escalation = Escalation(config.resilience, clips_updates=isinstance(optimizer, StableAdamW))
     return RunParts(
-        built.model, optimizer, precision.grad_scaler(), loader, TrainState(), guard=guard, escalation=escalation
+        built.model,
+        optimizer,
+        precision.grad_scaler(),
+        loader,
+        TrainState(),
+        guard=guard,
+        escalation=escalation,
+        phase=phase,
+        resizes_positions=resizes_positions,
     )
 
 
@@ -186,6 +258,7 @@ def build_supervisor(
     *,
     saver: Saver | None,
     reporter: Reporter | None,
+    events: EventLog | None,
     preemption: Preemption,
     watchdog: Watchdog,
     beta2: float | None,
@@ -193,7 +266,6 @@ def build_supervisor(
     """What decides between steps."""
     assert parts.guard is not None
     assert parts.escalation is not None
-    events = open_events(run, reporter, first_step=parts.state.step)
     return Supervisor(
         Watch(parts.guard, parts.escalation, preemption, watchdog, events),
         config=run.config.resilience,
@@ -242,7 +314,15 @@ def build_device_loading(
     """What brings the loader's batches to the device, normalised."""
     mean, std = built.preprocess.mean, built.preprocess.std
     pack = build_packer(built.config, text_packing=text_packing)
-    convert = partial(to_device, mean=mean, std=std, device=device, dtype=precision.input_dtype, pack=pack)
+    convert = partial(
+        to_device,
+        mean=mean,
+        std=std,
+        device=device,
+        dtype=precision.input_dtype,
+        pack=pack,
+        memory_format=image_memory_format(built.model),
+    )
     return partial(load_to_device, to_device=convert, device=device)
 
 
@@ -264,8 +344,8 @@ def build_meter(run: Run, loader: TrainLoader) -> DataMeter:
     )
 
 
-def build_saver(run: Run, parts: RunParts) -> Saver | None:
-    """None with ``--logs none``."""
+def build_saver(run: Run, parts: RunParts, *, settings: Mapping[str, Any]) -> Saver | None:
+    """None with ``--logs none``; ``settings`` are what a checkpoint remembers of the flags."""
     if run.paths is None:
         return None
     config = run.config
@@ -280,7 +360,7 @@ def build_saver(run: Run, parts: RunParts) -> Saver | None:
         ),
         parts=parts,
         runtime=run.runtime,
-        run_config=config_values(config),
+        run_config=settings,
         name=run.name,
         epochs=config.schedule.epochs,
         epoch_files=not (config.engine.fsdp and config.engine.fsdp_checkpoint == "sharded"),

@@ -9,36 +9,23 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
 
-from models.factory import BuiltModel
-from models.tokenizer import build_tokenizer
 from training.assembly import (
-    TrainedModel,
-    build_device_loading,
-    build_loader,
-    build_measurement,
+    build_evaluations,
     build_model,
-    build_parts,
-    build_plan,
-    build_saver,
-    build_schedule,
-    build_supervisor,
-    build_trained_model,
     choose_attention,
+    evaluate_epoch,
     seed_all,
     set_device_defaults,
 )
-from training.checkpoint.config_change import ConfigChange, check_config_change, remarks
 from training.checkpoint.epoch_loading import restore_weights
 from training.checkpoint.manifest import DamagedCheckpoint
-from training.checkpoint.mirror import FINISH_TIMEOUT_S, SIGNAL_TIMEOUT_S, Mirror
-from training.checkpoint.run_state import RunParts, names_a_run, restore
+from training.checkpoint.mirror import FINISH_TIMEOUT_S, SIGNAL_TIMEOUT_S
 from training.cli import Parsed, parse_or_exit
 from training.config import Config
 from training.data.accounting import DataBudgetExceeded
@@ -49,38 +36,36 @@ from training.distributed.flight_recorder import FlightRecorder
 from training.distributed.hang_board import HangBoard
 from training.distributed.job_end import JobEnd
 from training.distributed.runtime import Runtime, close_runtime, collective_timeout, start_runtime
-from training.evaluation.evaluate import build_evaluators, evaluate
-from training.evaluation.evaluators import Evaluator
-from training.garbage import CollectionInStep
-from training.losses.build import build_loss
 from training.observability.console import set_up_logging
-from training.observability.reporter import Reporter
-from training.observability.sinks import evaluated_epochs
-from training.phases import read_phases
-from training.plan import TrainPlan
 from training.precision import Precision, build_precision, cast_parameters
-from training.resilience.escalation import Escalation
 from training.resilience.exit_codes import BAD_USAGE, DO_NOT_REQUEUE
 from training.resilience.heartbeat import Heartbeat, killed_ranks
 from training.resilience.lease import LeaseLost
 from training.resilience.preemption import Preemption
 from training.resilience.watchdog import Watchdog
 from training.run import (
-    Origin,
     Run,
-    agreed_branch_point,
     agreed_resume_path,
     build_reporter,
+    find_source,
+    open_events,
     open_run,
     open_trace,
     record_settings,
     record_start,
     start_mirror,
 )
-from training.supervisor import Supervisor
-from training.train import Ending, train
-from training.train_step import TrainStep
-from training.work import Work
+from training.stage import (
+    Lasting,
+    Prepared,
+    agreed_phases,
+    base_batch,
+    build_first_stage,
+    check_length,
+    prepare,
+    run_stages,
+)
+from training.train import Ending
 
 logger = logging.getLogger(__name__)
 
@@ -165,126 +150,57 @@ def _start_watching(run: Run, watched: Watched) -> Watchdog:
 
 def _build(run: Run, preemption: Preemption, watchdog: Watchdog) -> Callable[[], None]:
     """Model and evaluations, and with training data everything else; returns what is left to do: to run it."""
-    config, runtime = run.config, run.runtime
-    set_device_defaults(runtime.device)
-    precision = build_precision(config.engine.precision, runtime.device)
-    # As in OpenCLIP: one seed for the weights on all ranks, then one per rank for what each of them draws.
-    seed_all(config.engine.seed)
-    trained = None
-    if has_train_data(config.data):
-        trained = build_trained_model(config, runtime=runtime, precision=precision)
-    built = build_model(config) if trained is None else trained.built
-    seed_all(config.engine.seed + runtime.rank)
-    evaluators = build_evaluators(
-        config.evaluation,
-        config.data,
-        preprocess=built.preprocess,
-        tokenizer=build_tokenizer(built.config, cache_dir=config.model.cache_dir),
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        device=runtime.device,
-    )
-    if trained is None:
-        return _build_evaluation_only(run, built, evaluators=evaluators, precision=precision, watchdog=watchdog)
-    return _build_training(
-        run, trained, evaluators=evaluators, precision=precision, preemption=preemption, watchdog=watchdog
-    )
-
-
-def _build_training(
-    run: Run,
-    trained: TrainedModel,
-    *,
-    evaluators: Sequence[Evaluator],
-    precision: Precision,
-    preemption: Preemption,
-    watchdog: Watchdog,
-) -> Callable[[], None]:
-    config, built = run.config, trained.built
-    loader = build_loader(run, built)
-    plan = build_plan(run, loader, epoch_batch=config.data.batch_size)
-    parts = build_parts(run, built, loader, precision=precision)
-    optimizer = parts.optimizer
-    base_lr = float(optimizer.param_groups[0]["lr"])  # --lr, or the default of an optimizer that was given none
-    beta2 = optimizer.defaults["betas"][1] if "betas" in optimizer.defaults else None
-    origin = _resume(run, parts, plan=plan)
-    parts.state.schedule_batch = parts.state.schedule_batch or plan.samples_per_step
-    record_settings(run, built.model, plan)
-    record_start(run, loader, first_step=parts.state.step, origin=origin)
-    reporter = build_reporter(run, loader_samples=loader.num_samples, first_step=parts.state.step)
-    saver = build_saver(run, parts)
-    mirror = start_mirror(run)
-    supervisor = build_supervisor(
-        run, parts, saver=saver, reporter=reporter, preemption=preemption, watchdog=watchdog, beta2=beta2
-    )
-    train_step = TrainStep(
-        model=trained.wrapped,
-        loss=build_loss(config.loss),
-        optimizer=optimizer,
-        scaler=parts.scaler,
+    set_device_defaults(run.runtime.device)
+    precision = build_precision(run.config.engine.precision, run.runtime.device)
+    if not has_train_data(run.config.data):
+        return _build_evaluation_only(run, precision=precision, watchdog=watchdog)
+    phases, work = agreed_phases(run)
+    stage, origin = build_first_stage(run, phases, find_source(run), precision=precision)
+    plan, loader, state = stage.plan, stage.parts.loader, stage.parts.state
+    check_length(run, phases, plan)
+    state.schedule_batch = state.schedule_batch or base_batch(run)
+    record_settings(run, stage.trained.built.model, plan, phases=phases)
+    record_start(run, loader, first_step=state.step, origin=origin, phases=phases)
+    reporter = build_reporter(run, loader_samples=loader.num_samples, first_step=state.step)
+    lasting = Lasting(
+        run=run,
+        phases=phases,
+        work=work,
         precision=precision,
-        grad_clip_norm=config.optim.grad_clip_norm,
-        num_sources=len(loader.source.source_names),
-        guard=parts.guard,
+        preemption=preemption,
+        watchdog=watchdog,
+        reporter=reporter,
+        events=open_events(run, reporter, first_step=state.step),
+        trace=open_trace(run, first_step=state.step),
+        mirror=start_mirror(run),
     )
-    return partial(
-        _train_and_close,
-        run,
-        reporter,
-        plan=plan,
-        parts=parts,
-        train_step=train_step,
-        schedule=build_schedule(config.schedule, lr=base_lr, plan=plan, state=parts.state),
-        load=build_device_loading(built, precision, device=run.runtime.device, text_packing=config.engine.text_packing),
-        trace=open_trace(run, first_step=parts.state.step),
-        measurement=build_measurement(
-            run,
-            parts,
-            plan,
-            Work(read_phases(config), None),
-            train_step=train_step,
-            supervisor=supervisor,
-            reporter=reporter,
-        ),
-        evaluate=partial(_evaluate_epoch, run, built, evaluators, precision),
-        saver=saver,
-        supervisor=supervisor,
-        mirror=mirror,
-    )
+    return partial(_train_and_close, lasting, [prepare(lasting, stage)])
 
 
-def _train_and_close(
-    run: Run, reporter: Reporter | None, *, supervisor: Supervisor, mirror: Mirror | None, **parts: Any
-) -> None:
-    results = run.paths.results_jsonl if run.paths else None
-    ending = Ending.STOPPED
+def _train_and_close(lasting: Lasting, prepared: list[Prepared]) -> None:
+    run, ending = lasting.run, Ending.STOPPED
     try:
-        with CollectionInStep(run.config.engine.gc_every_n_steps) as garbage:
-            ending = train(
-                reporter=reporter,
-                supervisor=supervisor,
-                evaluated=lambda: evaluated_epochs(results) if results else set(),
-                garbage=garbage,
-                runtime=run.runtime,
-                **parts,
-            )
+        ending = run_stages(lasting, prepared)
     except DataBudgetExceeded as error:
         logger.error("%s", error)
         raise
     finally:
-        if reporter is not None:
-            reporter.close()
-        if mirror is not None and not isinstance(sys.exception(), LeaseLost):
+        if lasting.reporter is not None:
+            lasting.reporter.close()
+        if lasting.mirror is not None and not isinstance(sys.exception(), LeaseLost):
             # A signal or a failure leaves seconds; the next start uploads the rest.
-            with supervisor.phase("save"):
-                mirror.finish(FINISH_TIMEOUT_S if ending is Ending.COMPLETED else SIGNAL_TIMEOUT_S)
+            with lasting.watchdog.phase("save"):
+                lasting.mirror.finish(FINISH_TIMEOUT_S if ending is Ending.COMPLETED else SIGNAL_TIMEOUT_S)
     logger.info("%s %s%s.", ending.value, run.name, f": see {run.paths.root}" if run.paths else "")
 
 
-def _build_evaluation_only(
-    run: Run, built: BuiltModel, *, evaluators: Sequence[Evaluator], precision: Precision, watchdog: Watchdog
-) -> Callable[[], None]:
+def _build_evaluation_only(run: Run, *, precision: Precision, watchdog: Watchdog) -> Callable[[], None]:
     """Without training data the weights are evaluated once, as in OpenCLIP."""
+    seed = run.config.engine.seed
+    seed_all(seed)
+    built = build_model(run.config)
+    seed_all(seed + run.runtime.rank)
+    evaluators = build_evaluations(run, built)
     epoch = 0
     if run.config.checkpoint.resume:
         path = agreed_resume_path(run)
@@ -295,74 +211,13 @@ def _build_evaluation_only(
 
     def run_once() -> None:
         with watchdog.phase("evaluation"):
-            result = _evaluate_epoch(run, built, evaluators, precision, epoch, last=True)
+            result = evaluate_epoch(run, built, evaluators, precision, epoch, last=True)
         reporter = build_reporter(run, loader_samples=0, first_step=epoch)
         if reporter is not None:
             reporter.evaluation(epoch, result, epoch=epoch)
             reporter.close()
 
     return run_once
-
-
-def _evaluate_epoch(
-    run: Run,
-    built: BuiltModel,
-    evaluators: Sequence[Evaluator],
-    precision: Precision,
-    epoch: int,
-    *,
-    last: bool | None = None,
-) -> Mapping[str, float]:
-    """Metrics after ``epoch`` completed epochs; empty when nothing is due. Collective: all ranks."""
-    if epoch == 0 and last is None and not run.config.evaluation.evaluate_at_start:
-        return {}
-    return evaluate(
-        built.model,
-        evaluators,
-        epoch=epoch,
-        last=epoch == run.config.schedule.epochs if last is None else last,
-        preprocess=built.preprocess,
-        device=run.runtime.device,
-        autocast=precision.autocast,
-        input_dtype=precision.input_dtype,
-    )
-
-
-def _resume(run: Run, parts: RunParts, *, plan: TrainPlan) -> Origin:
-    """Restores what ``--resume`` or ``--branch-from`` names, if its settings allow that. Collective: all ranks."""
-    branch = agreed_branch_point(run)
-    if branch is None and run.config.checkpoint.resume is None:
-        return Origin()
-    path = agreed_resume_path(run, verified=False) if branch is None else str(branch.directory)
-    if path is None:
-        logger.info("Run %s has no checkpoint yet: starting from the beginning.", run.name)
-        return Origin()
-    change = ConfigChange()
-
-    def judge(saved: Mapping[str, Any]) -> None:
-        nonlocal change
-        branches = branch is not None
-        change = check_config_change(saved, run.config, world_size=run.runtime.world_size, branches=branches)
-        parts.loader.accepts_new_stream = branches or change.allows_other_data
-        for line in remarks(change, saved, run.config):
-            logger.info("%s", line)
-
-    loaded = restore(
-        path,
-        parts,
-        runtime=run.runtime,
-        steps_per_epoch=plan.steps_per_epoch,
-        samples_per_step=plan.samples_per_step,
-        fall_back=branch is None and names_a_run(str(run.config.checkpoint.resume)),
-        judge=judge,
-    )
-    if change.unsettles and parts.guard is not None and parts.escalation is not None:
-        parts.guard.settle()
-        parts.escalation.settle()
-    if parts.escalation is not None and (branch is not None or {"lr", "beta2"} & change.as_json().keys()):
-        # Somebody has decided anew what the guard had lowered.
-        parts.escalation.load_state_dict(Escalation(run.config.resilience).state_dict())
-    return Origin(loaded, change.as_json(), None if branch is None else branch.as_json())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from models.clip import Clip
 from training.checkpoint.branch import BranchPoint, find_branch_point, has_own_checkpoint
 from training.checkpoint.checkpointer import Checkpointer
+from training.checkpoint.manifest import DamagedCheckpoint, read_train
 from training.checkpoint.mirror import Mirror
 from training.checkpoint.mirror_run import bring_back, fetch_resume, is_remote_run, open_mirror
 from training.checkpoint.run_state import find_resume_path
@@ -30,6 +31,7 @@ from training.observability.events import EventLog
 from training.observability.history import append_start, describe_start, read_starts
 from training.observability.reporter import Reporter
 from training.observability.sinks import JsonLinesSink, MetricSink, TensorBoardSink, WandbSink
+from training.phases import Phases
 from training.plan import TrainPlan
 from training.resilience.exit_codes import DO_NOT_REQUEUE
 from training.resilience.lease import Lease, claim_lease
@@ -119,6 +121,41 @@ class Origin:
     parent: Mapping[str, Any] | None = None
 
 
+class Source(NamedTuple):
+    """What a start takes its weights and its place in the run from."""
+
+    path: str | None = None
+    """None: it begins."""
+    branch: BranchPoint | None = None
+    samples_seen: int = 0
+    """As far as can be seen before it is read and verified."""
+
+
+def find_source(run: Run) -> Source:
+    """What ``--resume`` or ``--branch-from`` stands for. Collective: all ranks.
+
+    Raises:
+        ValueError: no such checkpoint. DamagedCheckpoint: there are checkpoints, and none is whole.
+    """
+    branch = agreed_branch_point(run)
+    if branch is None and run.config.checkpoint.resume is None:
+        return Source()
+    path = agreed_resume_path(run, verified=False) if branch is None else str(branch.directory)
+    if path is None:
+        logger.info("Run %s has no checkpoint yet: starting from the beginning.", run.name)
+        return Source()
+    samples_seen = on_first_rank(lambda: _samples_seen(Path(path)), rank=run.runtime.rank)  # collective: all ranks
+    return Source(path, branch, samples_seen)
+
+
+def _samples_seen(path: Path) -> int:
+    """0 of OpenCLIP's files, and of a checkpoint that cannot be read: whoever loads it says so."""
+    try:
+        return int(read_train(path)["samples_seen"]) if path.suffix != ".pt" else 0
+    except (DamagedCheckpoint, KeyError):
+        return 0
+
+
 def agreed_branch_point(run: Run) -> BranchPoint | None:
     """What ``--branch-from`` names, until the run has a checkpoint of its own. Collective: all ranks.
 
@@ -184,8 +221,12 @@ def build_reporter(run: Run, *, loader_samples: int, first_step: int) -> Reporte
     )
 
 
-def record_settings(run: Run, model: Clip, plan: TrainPlan) -> None:
-    """Writes params.txt and config.yaml, and says in the log what is about to happen. On rank 0."""
+def record_settings(run: Run, model: Clip, plan: TrainPlan, *, phases: Phases) -> None:
+    """Writes params.txt and config.yaml, and says in the log what is about to happen. On rank 0.
+
+    Args:
+        run: with the settings of the flags; what phases change is in what they say.
+    """
     if not run.runtime.is_main:
         return
     config, runtime = run.config, run.runtime
@@ -197,7 +238,7 @@ def record_settings(run: Run, model: Clip, plan: TrainPlan) -> None:
         plan.epochs,
         plan.steps_per_epoch,
         plan.samples_per_step,
-        config.data.batch_size,
+        plan.samples_per_step // (runtime.world_size * plan.accum_freq),
         runtime.world_size,
         plan.accum_freq,
         config.engine.precision,
@@ -212,6 +253,7 @@ def record_settings(run: Run, model: Clip, plan: TrainPlan) -> None:
         "local_rank": runtime.local_rank,
         "world_size": runtime.world_size,
         "name": run.name,
+        "phases": phases.as_json(),
     }
     run.paths.params_txt.write_text(params_text(config, paths=run.paths, facts=facts))
     run.paths.config_yaml.write_text(to_yaml(replace(config, logging=replace(config.logging, name=run.name))))
@@ -219,7 +261,7 @@ def record_settings(run: Run, model: Clip, plan: TrainPlan) -> None:
         _copy_code(run.paths.code)
 
 
-def record_start(run: Run, loader: TrainLoader, *, first_step: int, origin: Origin) -> None:
+def record_start(run: Run, loader: TrainLoader, *, first_step: int, origin: Origin, phases: Phases) -> None:
     """Says in the log how the data are dealt, and adds this start, with what it depends on, to the run's history."""
     deal, lanes = loader.deal, len(loader.lanes)
     logger.info(
@@ -242,6 +284,7 @@ def record_start(run: Run, loader: TrainLoader, *, first_step: int, origin: Orig
             "data_epoch": round(loader.epoch_of_lanes()[1], 4),
             "after_signal": run.after_signal,
             "new_data": loader.new_stream._asdict() if loader.new_stream else None,
+            "phases": phases.as_json(),
         }
         append_start(run.paths.starts_jsonl, describe_start(step=first_step, facts=facts, **vars(origin)))
 

@@ -25,11 +25,15 @@ class Work:
         return None if self.flops is None else self.flops[phase.number - 1]
 
     def read(self, seen: int) -> dict[str, float]:
-        """``exaflops`` of the first ``seen`` samples; empty where they are not counted."""
-        if self.flops is None:
+        """Number of the phase, and ``exaflops`` of the first ``seen`` samples; without ``--phases`` nothing."""
+        if self.phases.path is None:
             return {}
-        total = sum(samples * self.flops[phase.number - 1] for phase, samples in self._parts(0, seen))
-        return {"exaflops": total / 1e18}
+        # The step that ends a phase is its last.
+        numbers = {"phase": float(self.phases.at(max(0, seen - 1)).number)}
+        if self.flops is not None:
+            total = sum(samples * self.flops[phase.number - 1] for phase, samples in self._parts(0, seen))
+            numbers["exaflops"] = total / 1e18
+        return numbers
 
     def left(self, seen: int, *, total: int) -> float:
         """What remains of a run of ``total`` samples, in samples that cost what the present phase's do."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from training.cli import config_values, with_model_defaults
 from training.config import Config, ModelConfig, OptimConfig
 from training.flags import BY_FIELD, DEFAULTS
+from training.phases import past_differs
 from training.precision import PRECISIONS
 
 
@@ -144,12 +145,13 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], *, allowed: Sequen
 
 
 def check_config_change(
-    train: Mapping[str, Any], config: Config, *, world_size: int, branches: bool = False
+    train: Mapping[str, Any], config: Config, *, world_size: int, phases: Any = None, branches: bool = False
 ) -> ConfigChange:
     """Whether a run with this configuration may go on from a checkpoint, and what is to be recorded of it.
 
     Args:
         train: the checkpoint's train.json.
+        phases: what the file of ``--phases`` says, in JSON types: its name is of no account.
         branches: a new run starts from the checkpoint: everything may differ.
 
     Raises:
@@ -157,7 +159,7 @@ def check_config_change(
     """
     saved = train.get("config", {})
     allowed = tuple(RULES) if branches else config.checkpoint.allow_config_change
-    change = compare(saved, config_values(config), allowed=allowed)
+    change = compare(saved, config_values(config) | {"phases": phases}, allowed=allowed)
     if change.refused:
         raise ValueError(_refusal(change, step=int(train["step"])))
     return replace(change, recorded=(*change.recorded, *_job_differences(train, config, world_size=world_size)))
@@ -175,6 +177,12 @@ def remarks(change: ConfigChange, train: Mapping[str, Any], config: Config) -> l
     if change.recorded:
         shown = ", ".join(f"{_label(entry.name)} {entry.saved!r} -> {entry.now!r}" for entry in change.recorded)
         lines.append(f"Changed since step {train['step']}: {shown}.")
+    phases = next((entry for entry in change.recorded if entry.name == "phases"), None)
+    if phases is not None and past_differs(phases.saved, phases.now, int(train["samples_seen"])):
+        lines.append(
+            f"The new --phases differ also in what they say of the {train['samples_seen']} samples seen so far. That "
+            "is past, and stays as it was; only its FLOPs are counted as the file says now."
+        )
     has_scaler = PRECISIONS[config.engine.precision].scales_gradients
     if train.get("scaler") is not None and not has_scaler:
         lines.append(f"The loss scaler's state is dropped: --precision {config.engine.precision} has no scaler.")

@@ -15,6 +15,7 @@ from pathlib import Path
 from training.checkpoint.config_change import check_config_change
 from training.checkpoint.manifest import DamagedCheckpoint, read_train
 from training.cli import load_config
+from training.phases import read_phases
 
 REFUSED = 3
 """The exit code; others mean that nothing could be compared."""
@@ -31,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
         file.flush()
         config = load_config(Path(file.name))
     try:
-        check_config_change(read_train(arguments.checkpoint), config, world_size=arguments.world_size)
+        phases = read_phases(config).as_json()
+        check_config_change(read_train(arguments.checkpoint), config, world_size=arguments.world_size, phases=phases)
     except DamagedCheckpoint:
         return 0
     except ValueError as error:

@@ -79,7 +79,7 @@ def hub_config(train: Mapping[str, Any]) -> dict[str, Any]:
         parse_model_config(source.model_cfg, name=settings["model"]),
         quick_gelu=bool(settings.get("force_quick_gelu")),
         custom_text=bool(settings.get("force_custom_text")),
-        image_size=settings.get("force_image_size"),
+        image_size=train.get("phase", {}).get("image_size") or settings.get("force_image_size"),
         context_length=settings.get("force_context_length"),
         # A loss with a bias: its values come from the weights, that there is one from here.
         init_logit_bias=-10.0 if siglip else None,

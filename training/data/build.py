@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -37,21 +38,24 @@ def build_train_loader(
     world_size: int,
     accum_freq: int,
     seed: int,
+    epoch_batch: int | None = None,
     pin: Callable[[Tensor], Callable[[], None]] | None = None,
 ) -> TrainLoader:
     """The loader of ``--train-data``; everything that is wrong with the data's description is reported here.
 
     Args:
+        epoch_batch: batch size by which the length of an epoch is rounded, where that is another.
         pin: makes memory page-locked for copies to the device.
 
     Raises:
         ValueError: no such data, an unknown number of samples, or too little data for the ranks.
     """
     source, num_samples, digests = _build_source(config, preprocess=preprocess, seed=seed)
+    by_epoch = replace(config, batch_size=epoch_batch or config.batch_size)
     num_batches, epoch_samples = epoch_length(
-        config, num_samples=num_samples, world_size=world_size, kind=train_data_type(config)
+        by_epoch, num_samples=num_samples, world_size=world_size, kind=train_data_type(config)
     )
-    check_epoch(num_samples, num_batches, batch_size=config.batch_size, world_size=world_size, accum_freq=accum_freq)
+    check_epoch(num_samples, num_batches, batch_size=by_epoch.batch_size, world_size=world_size, accum_freq=accum_freq)
     num_lanes = lanes_of(config, source.slots_per_epoch, world_size=world_size)
     block = config.shuffle_block or choose_block(num_lanes, world_size=world_size)
     return TrainLoader(
@@ -114,7 +118,7 @@ def _synthetic_source(
         raise ValueError("--dataset-type synthetic has no end: pass --train-num-samples.")
     size = preprocess.size
     source = SyntheticSource(image_size=size, num_samples=num_samples, seed=seed)
-    return source, num_samples, SourceDigests(f"synthetic {size} {num_samples}")
+    return source, num_samples, SourceDigests(f"synthetic {num_samples}")
 
 
 def _manifest_source(config: DataConfig, path: str, *, seed: int) -> tuple[Source, int, SourceDigests]:

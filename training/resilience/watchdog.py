@@ -105,6 +105,11 @@ class Watchdog:
         self._phase = ("step", self._config.timeout_step)
         self._progress += 1
 
+    def start_again(self) -> None:
+        """As long as at the start of the job is allowed until the next beat: everything is built anew."""
+        self._phase = ("start-up", self._config.timeout_start)
+        self._progress += 1
+
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Allows an evaluation, a save or a rewind its longer time. All ranks must enter it alike."""
