@@ -40,6 +40,7 @@ class DataConfig:
     shuffle_block: int = 0
     """Samples of one lane that are shuffled among each other; 0 chooses, or keeps a resumed run's."""
     decode: str = "fast"
+    """``gpu``: most JPEGs are decoded on the device, in the pixels of its decoder (docs/data.md)."""
     max_bad_samples: float = 0.1
     """Fraction of the samples read that may be unusable before the run ends; 1 never ends it."""
     s3_native: str = "on"

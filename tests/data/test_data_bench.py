@@ -27,6 +27,13 @@ def test_it_reports_rate_stages_and_bytes(tmp_path: Path, capsys: pytest.Capture
     assert "skipped: none" in out
 
 
+def test_what_the_device_decodes_is_timed_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pattern = write_shards(tmp_path, shards=3, samples=8)
+    assert main(["data", "bench", pattern, *_SHORT, "--workers=0", "--decode=gpu"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^decoding on the device: [\d,]+ us per sample; on the host: 0\.0%$", out, flags=re.MULTILINE)
+
+
 def test_skipped_samples_are_named_by_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, blank = {"jpg": jpeg_bytes(), "txt": b"a photo"}, {"jpg": jpeg_bytes(), "txt": b" "}
     path = write_tar(tmp_path / "0.tar", [(f"{i}", blank if i % 2 else good) for i in range(16)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.device_decode import main as benchmark
 from models.config import PreprocessConfig
 from tests.data.images import encode, psnr, render
 from tests.factories import character_tokens, token_texts, write_tar
@@ -153,6 +155,17 @@ def test_without_a_gpu_one_line_says_that_it_is_slow(caplog: pytest.LogCaptureFi
     assert [record.message for record in caplog.records if "slower than --decode fast" in record.message] == [
         "--decode gpu without a GPU: this process decodes the JPEGs, slower than --decode fast does."
     ]
+
+
+def test_the_benchmark_prints_rates_and_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(2):
+        render(200, 150, seed=seed).save(tmp_path / f"{seed}.png")
+    line = f"--device cpu --batch-size 3 --rounds 1 --sizes 96 --photos {tmp_path} --out {tmp_path}/out.json"
+    assert benchmark(line.split()) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["short_side"] == 96
+    assert result["device_db"][0] > 50 > result["plain_chroma_db"][0] > 30
+    assert json.loads((tmp_path / "out.json").read_text())["results"] == [result]
 
 
 # From shards to the step
