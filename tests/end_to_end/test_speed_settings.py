@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 
 from tests.end_to_end.conftest import Outcome
+from tests.end_to_end.host_waits import HostWaits, watch_steps
 
 FLAGS = (
     "--precision fp32 --device cpu --dataset-type synthetic --train-num-samples 24 --batch-size 4 --workers 0 "
@@ -52,3 +54,36 @@ def test_a_run_collects_garbage_after_every_nth_step_and_not_in_between(run_here
     assert done.code == 0, done.text
     assert collected == [2] * 5  # after steps 2, 4, 6, and after the evaluations before and behind them
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("accum_freq", [1, 2])
+def test_between_log_points_the_host_never_waits_for_the_device(
+    run_here: Run, tiny_model: str, monkeypatch: pytest.MonkeyPatch, accum_freq: int
+) -> None:
+    waits = HostWaits()
+    watch_steps(monkeypatch, begin=waits.__enter__, end=lambda: waits.__exit__(None, None, None))
+    settings = "--precision amp_bf16 --train-num-samples 56 --grad-clip-norm 1 --telemetry-every-n-steps 0"
+    flags = [*COMMON, *settings.split(), "--model", tiny_model, "--force-patch-dropout", "0.5"]
+    if accum_freq == 2:
+        flags += ["--accum-freq", "2", "--batch-size", "2"]
+    done = run_here(flags)
+    assert done.code == 0, done.text
+    assert waits.operations > 1000
+    assert waits.seen == []
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.isfinite().all()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: torch.equal(x, x),
+    ],
+    ids=["item", "bool", "mask", "nonzero", "equal"],
+)
+def test_what_would_wait_is_seen(wait: Callable[[torch.Tensor], object]) -> None:
+    with HostWaits() as waits:
+        wait(torch.ones(3))
+    assert waits.seen

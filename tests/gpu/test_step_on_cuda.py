@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.gpu.builders import build_batch, build_model, build_step, weights
+from tests.end_to_end.host_waits import watch_steps
+from tests.gpu.builders import MODEL, build_batch, build_model, build_step, weights
 from training.config import EngineConfig
 from training.distributed.parallelize import parallelize
 from training.distributed.runtime import Runtime
+from training.main import main
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
@@ -59,6 +62,25 @@ def test_a_step_never_waits_for_the_device(device):
         step([batch], lr=1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("accum_freq", [1, 2])
+def test_a_run_never_waits_for_the_device_between_log_points(device, tmp_path, monkeypatch, accum_freq):
+    def set_mode(mode: str) -> None:
+        torch.cuda.set_sync_debug_mode(mode)
+        modes.append(mode)
+
+    modes: list[str] = []
+    watch_steps(monkeypatch, begin=partial(set_mode, "error"), end=partial(set_mode, "default"))
+    flags = f"--model {MODEL} --device cuda --precision amp_bf16 --dataset-type synthetic --train-num-samples 256"
+    settings = f"--batch-size {32 // accum_freq} --accum-freq {accum_freq} --workers 1 --epochs 1 --lr 1e-3"
+    unlogged = "--logs none --log-every-n-steps 1000 --telemetry-every-n-steps 0"
+    try:
+        # Packed texts, prefetch on a side stream, guard, clipping, patch dropout, verdicts read two steps later.
+        main([*flags.split(), *settings.split(), *unlogged.split(), "--grad-clip-norm=1", "--force-patch-dropout=0.5"])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert modes == ["error", "default"]
 
 
 def test_two_micro_batches_give_the_step_of_one_batch(device):
