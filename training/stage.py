@@ -122,7 +122,7 @@ def agreed_phases(run: Run) -> tuple[Phases, Work]:
         return phases, None if phases.path is None else check_models(phases)
 
     phases, flops = on_first_rank(read, rank=run.runtime.rank)
-    return phases, Work(phases, flops)
+    return phases, Work(phases, flops, phases.all[0])
 
 
 def check_models(phases: Phases) -> Sequence[int] | None:
@@ -292,7 +292,13 @@ def prepare(lasting: Lasting, stage: Stage) -> Prepared:
             ),
             trace=lasting.trace,
             measurement=build_measurement(
-                run, parts, plan, lasting.work, train_step=train_step, supervisor=supervisor, reporter=reporter
+                run,
+                parts,
+                plan,
+                lasting.work.during(stage.phase),
+                train_step=train_step,
+                supervisor=supervisor,
+                reporter=reporter,
             ),
             evaluate=partial(evaluate_epoch, run, stage.trained.built, stage.evaluators, lasting.precision),
             evaluated=lambda: evaluated_epochs(results) if results else set(),
@@ -368,7 +374,7 @@ def _announce(lasting: Lasting, stage: Stage) -> None:
         "patch_dropout": stage.reads.config.vision_cfg.patch_dropout,
         "aug_cfg": dict(config.image.aug_cfg),
     }
-    flops = lasting.work.flops_of(phase)
+    flops = lasting.work.during(phase).flops_per_sample
     cost = "" if flops is None else f", {flops / 1e9:.4g} GFLOPs a sample"
     logger.info(
         "Phase %d of %d: images %d x %d, batch %d, texts %d, patch dropout %g%s; from %s samples on, now %s.",

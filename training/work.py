@@ -7,7 +7,7 @@ computed twice. Captions count as long as the phase lets them be, whether they a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from training.phases import Phase, Phases
 
@@ -19,17 +19,23 @@ class Work:
     phases: Phases
     flops: Sequence[int] | None
     """Per sample, by phase; None where they are not counted."""
+    now: Phase
+    """The present one."""
 
-    def flops_of(self, phase: Phase) -> int | None:
-        """Of one sample."""
-        return None if self.flops is None else self.flops[phase.number - 1]
+    @property
+    def flops_per_sample(self) -> int | None:
+        """In the present phase."""
+        return None if self.flops is None else self.flops[self.now.number - 1]
+
+    def during(self, phase: Phase) -> Work:
+        """The same, seen from another phase."""
+        return replace(self, now=phase)
 
     def read(self, seen: int) -> dict[str, float]:
         """Number of the phase, and ``exaflops`` of the first ``seen`` samples; without ``--phases`` nothing."""
         if self.phases.path is None:
             return {}
-        # The step that ends a phase is its last.
-        numbers = {"phase": float(self.phases.at(max(0, seen - 1)).number)}
+        numbers = {"phase": float(self.now.number)}
         if self.flops is not None:
             total = sum(samples * self.flops[phase.number - 1] for phase, samples in self._parts(0, seen))
             numbers["exaflops"] = total / 1e18
@@ -39,9 +45,8 @@ class Work:
         """What remains of a run of ``total`` samples, in samples that cost what the present phase's do."""
         if self.flops is None:
             return float(max(0, total - seen))
-        # The step that ends a phase is the last of the present ones.
-        now = self.flops[self.phases.at(max(0, seen - 1)).number - 1]
-        return sum(samples * self.flops[phase.number - 1] for phase, samples in self._parts(seen, total)) / now
+        cost = sum(samples * self.flops[phase.number - 1] for phase, samples in self._parts(seen, total))
+        return cost / self.flops[self.now.number - 1]
 
     def _parts(self, begin: int, end: int) -> Iterator[tuple[Phase, int]]:
         """Samples of each phase between two points of the run."""

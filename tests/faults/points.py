@@ -21,7 +21,7 @@ POINTS = {
     "update": "training.optim.update:Update.__call__",
     "judge": "training.resilience.guard:StepGuard.judge",
     "sum": "training.distributed.collectives:all_reduce_sum",
-    "evaluate": "training.main:_evaluate_epoch",
+    "evaluate": "training.assembly:evaluate_epoch",
     "request": "training.resilience.guard:StepGuard.request",
     "save_and_wait": "training.checkpoint.saver:Saver.save_now_and_wait",
     "watch": "training.resilience.watchdog:Watchdog._watch",

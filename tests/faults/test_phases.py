@@ -1,0 +1,67 @@
+"""A run with a curriculum that is killed at or around the end of a phase ends like one that is not."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.faults.lab import Lab, Record, compare, events
+from tests.faults.plan import Fault
+from training.checkpoint.checkpointer import read_step_checkpoint
+
+PHASES = """
+- {until_samples: 32, image_size: 16, text_length: 6, patch_dropout: 0}
+- {until_samples: 50, image_size: 32, batch_size: 2, aug_cfg: {scale: [0.9, 1.0]}}
+- {image_size: 24}
+"""
+"""Two ranks: 4 steps of 8 samples, 5 of 4, 6 of 8. The last begins with a step that is saved anyway."""
+
+
+@pytest.fixture(scope="module")
+def phases(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    path = tmp_path_factory.mktemp("phases") / "phases.yaml"
+    path.write_text(PHASES)
+    return "--phases", str(path)
+
+
+@pytest.mark.parametrize(
+    ("fault", "first_step"),
+    [
+        (Fault("capture", "kill", rank=1, step=4), 3),
+        (Fault("load", "kill", rank=0), 4),
+        (Fault("step", "kill", rank=1, step=10), 9),
+    ],
+    ids=["before the save", "after the save", "in the last phase"],
+)
+def test_a_kill_around_the_end_of_a_phase_changes_nothing(
+    lab: Lab, undisturbed: Callable[..., Record], phases: tuple[str, str], fault: Fault, first_step: int
+) -> None:
+    expected = undisturbed(*phases)
+    ended = lab.run("r", *phases, plan=[fault])
+    assert -signal.SIGKILL in ended.codes, ended.text[-3000:]
+    lab.finish("r", *phases)
+    assert lab.first_step("r") == first_step
+    compare(expected, lab.record("r"))
+    assert [event["number"] for event in events(lab.run_directory("r"), "phase")] == [1, 2, 3]
+
+
+def test_every_sample_comes_once_and_position_embeddings_have_the_last_size(lab: Lab, phases: tuple[str, str]) -> None:
+    """Also sharded: rank 1 reads the rows that rank 0 has resized."""
+    lab.finish("r", *phases, "--fsdp")
+    samples = lab.record("r").samples
+    seen = Counter((slot, index) for rows in samples.values() for _, slot, index in rows)
+    assert set(seen.values()) == {1}
+    assert Counter(Counter(step for step, *_ in samples[0]).values()) == {4: 10, 2: 5}
+    saved = read_step_checkpoint(lab.checkpoint("r", 15))
+    assert saved.model["visual.positional_embedding"].shape == (1 + 3 * 3, 16)
+    assert bool((saved.optimizer["visual.positional_embedding//exp_avg_sq"] >= 0).all())
+    assert (saved.train["samples_seen"], saved.train["phase"]) == (100, {"number": 3, "image_size": [24]})
+    lines = [json.loads(line) for line in Path(lab.run_directory("r") / "metrics.jsonl").read_text().splitlines()]
+    flops = [line["train/exaflops"] for line in lines]
+    assert flops == sorted(flops)
+    assert [line["train/phase"] for line in lines] == [1.0] * 4 + [2.0] * 5 + [3.0] * 6
