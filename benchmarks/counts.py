@@ -102,12 +102,12 @@ def caption_batches(batch_size: int) -> list[list[int]]:
     return [list(lengths[start : start + batch_size]) for start in range(0, last + 1, batch_size)]
 
 
-def flops(model_names: Sequence[str] = tuple(LOCAL_BATCHES)) -> list[Count]:
+def flops(model_names: Sequence[str] = tuple(LOCAL_BATCHES), *, batches: int = _BATCHES) -> list[Count]:
     """GFLOPs of training on one pair: batches of the size that the model trains with."""
     counts = []
     for name in model_names:
         batch_size = LOCAL_BATCHES[name]
-        lengths = caption_file()[: _BATCHES * batch_size]
+        lengths = caption_file()[: batches * batch_size]
         computed = training_flops_per_sample(name, lengths, batch_size=batch_size).computed / 1e9
         theirs = open_clip_flops(name) / 1e9
         metric = f"training GFLOPs per pair, {name}, batches of {batch_size}"

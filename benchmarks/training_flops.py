@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.model_facts import compute_last_blocks
 from models.clip import Clip
+from models.config_files import find_model
 from models.factory import create_model
 from models.packing import PackedTexts, pack_texts
 from models.text_form import TextForm, choose_text_form
@@ -53,9 +54,10 @@ def training_flops_per_sample(
     Raises:
         ValueError: a Hugging Face text tower, whose code looks at the values of its masks.
     """
+    text_tower = find_model(model_name).model_cfg["text_cfg"].get("hf_model_name")
+    if text_tower is not None:
+        raise ValueError(f"'{text_tower}' of model '{model_name}' cannot be counted without memory; choose another")
     model, config, _ = create_model(model_name, device="meta", **options)
-    if config.text_cfg.hf_model_name is not None:
-        raise ValueError(f"'{config.text_cfg.hf_model_name}' of model '{model_name}' cannot be counted without memory")
     form, context = choose_text_form(config)[0], config.text_cfg.context_length
     model.train()
     image = count_image(model, batch_size=1)
