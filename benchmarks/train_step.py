@@ -143,6 +143,11 @@ def settings_of(arguments: argparse.Namespace) -> ArmSettings:
     )
 
 
+def flags_of(arguments: argparse.Namespace) -> list[str]:
+    """Of a run, for our arm."""
+    return [f"--batch-size={arguments.batch_size}", *arguments.flags]
+
+
 class Lane:
     """An arm with its batches on the device, and the losses of all its steps."""
 
@@ -194,7 +199,7 @@ class Measurement:
     def run(self, write: Callable[[Result], None]) -> Result:
         """Ours against each rival in turn; written after each, so that what ends the process leaves a result."""
         settings, runtime = settings_of(self._arguments), self._runtime
-        ours = Lane(OURS, ClipyardArm(settings, flags=self._arguments.flags, runtime=runtime), self._host)
+        ours = Lane(OURS, ClipyardArm(settings, flags=flags_of(self._arguments), runtime=runtime), self._host)
         weights = {name: value.detach().clone() for name, value in ours.arm.model.state_dict().items()}
         result = self._heading(ours)
         for name in self._arguments.rivals:
@@ -385,7 +390,7 @@ def measure_memory(arguments: argparse.Namespace, runtime: Runtime) -> dict[str,
     """Peak over two steps of one arm, alone in this process, in GiB."""
     name, settings = arguments.memory_of, settings_of(arguments)
     arm: StepArm = (
-        ClipyardArm(settings, flags=arguments.flags, runtime=runtime)
+        ClipyardArm(settings, flags=flags_of(arguments), runtime=runtime)
         if name == OURS
         else OpenClipArm(settings, tuning=RIVALS[name], runtime=runtime)
     )

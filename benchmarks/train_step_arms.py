@@ -15,18 +15,20 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 import configs
 from benchmarks.batches import HostBatch
 from models.factory import create_model
-from training.assembly import build_device_loading, build_trained_model
+from training.assembly import build_device_loading, build_trained_model, choose_attention
 from training.cli import parse
 from training.config import Config
 from training.data.batch import SAMPLE_COLUMNS, Batch, BatchRecord, DeviceBatch, normalize
@@ -119,6 +121,7 @@ class ClipyardArm:
         self.model.train()
         without_stochastic_depth(self.model)
         packing = self.config.engine.text_packing
+        self._attention = _chosen_attention(self.config, runtime)
         self._load = build_device_loading(trained.built, self._precision, device=runtime.device, text_packing=packing)
         self.start()
 
@@ -147,7 +150,8 @@ class ClipyardArm:
         return list(self._load(iter([as_loaded(batch) for batch in batches])))
 
     def step(self, batch: DeviceBatch) -> Tensor:
-        metrics = self._step([batch], lr=float(self.config.optim.lr or 0))
+        with self._attention():
+            metrics = self._step([batch], lr=float(self.config.optim.lr or 0))
         assert metrics.vitals is not None
         self._bad.append(metrics.vitals[VITALS.index("bad")])
         return metrics.loss
@@ -258,6 +262,15 @@ RIVALS: dict[str, Tuning] = {
     "open_clip_checkpointed": Tuning(checkpointed=True),
 }
 """OpenCLIP's arms: as its flags are by default, at its best, and as it is where memory is short."""
+
+
+def _chosen_attention(config: Config, runtime: Runtime) -> Callable[[], AbstractContextManager[object]]:
+    """What --attention-kernel sets for a whole process, for our steps only."""
+    if config.engine.attention_kernel == "auto":
+        return nullcontext
+    with choose_attention(config, runtime):
+        chosen = _cur_sdpa_kernel_backends(with_priority=True)
+    return partial(sdpa_kernel, chosen, set_priority=True)
 
 
 def as_loaded(batch: HostBatch) -> Batch:

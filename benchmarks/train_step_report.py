@@ -179,6 +179,8 @@ def _find(measured: Sequence[Measured], target: Target, rival: str, full_length:
 def _against(measured: Sequence[Measured], target: Target, rival: str, goal: str, *, full_length: bool = False) -> str:
     """What was measured, and the target in brackets."""
     item = _find(measured, target, rival, full_length)
+    if item is None and not goal:
+        return ""
     return f"{UNMEASURED if item is None else _ratio(item.comparison)}{f' ({goal})' if goal else ''}"
 
 
