@@ -151,7 +151,7 @@ FLAGS: tuple[Flag, ...] = (
     _on(
         "decode",
         "text",
-        "fast: libjpeg-turbo, within 45 dB of reference (OpenCLIP's pixels); gpu: most JPEGs are decoded on the device.",
+        "fast: libjpeg-turbo, within 45 dB of reference (OpenCLIP's pixels); gpu: most JPEGs decoded on the device.",
         choices=("fast", "reference", "gpu"),
         origin="Clipyard",
     ),
