@@ -42,6 +42,7 @@ from training.cli import parse, to_yaml
 from training.config import Config
 from training.data.epoch import has_train_data
 from training.naming import default_name
+from training.phases import read_phases
 from training.validation import logs_disabled
 
 # Both become part of #SBATCH lines, where quotes and % have a meaning of their own.
@@ -389,6 +390,7 @@ def _plan(config: Config, shape: JobShape, request: Request, *, data: DataFacts 
         data=data,
         model=find_facts(config.model),
         assumptions=request.assumptions,
+        phases=read_phases(config),
         first_step=first_step,
     )
 

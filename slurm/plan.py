@@ -6,15 +6,16 @@ What is not known before a job runs is assumed, and every assumption is a field 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from slurm.data_facts import DataFacts
-from slurm.model_facts import FoundFacts, ModelFacts
+from slurm.model_facts import FoundFacts, ModelFacts, find_facts
 from training.checkpoint.parts import choose_writers
 from training.config import Config
 from training.data.epoch import check_epoch, choose_block, epoch_length, lanes_of
+from training.phases import Phases
 
 _GIB = 2**30
 _LANE_BYTES = 20
@@ -102,16 +103,18 @@ class Steps:
     samples_per_epoch: int
     lanes: int
     block: int
+    of_phases: tuple[int, ...] = ()
+    """Steps of each phase, with ``--phases``."""
 
     @property
     def total(self) -> int:
         """Steps of the whole run."""
-        return self.per_epoch * self.epochs
+        return sum(self.of_phases) if self.of_phases else self.per_epoch * self.epochs
 
     @property
     def samples(self) -> int:
         """Of the whole run."""
-        return self.total * self.global_batch
+        return self.per_epoch * self.epochs * self.global_batch
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,20 @@ class Speed:
     """That each loader worker has to decode in a second."""
 
 
+class _Stretch(NamedTuple):
+    """Steps that cost the same: a phase, or the whole run."""
+
+    config: Config
+    facts: ModelFacts
+    steps: Steps
+    """With the phase's global batch."""
+    number: int
+    """Of the steps."""
+    left: int
+    """Those that are still to be taken."""
+    name: str
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything that can be said about a job before it runs."""
@@ -191,12 +208,14 @@ def make_plan(
     data: DataFacts | None,
     model: FoundFacts,
     assumptions: Assumptions,
+    phases: Phases | None = None,
     first_step: int = 0,
 ) -> Plan:
     """The plan of a job.
 
     Args:
         data: None where nothing is trained on.
+        phases: of ``--phases``; None without.
         first_step: that the run goes on from.
 
     Raises:
@@ -205,6 +224,9 @@ def make_plan(
     check_shards(config, shape.world_size)
     steps = plan_steps(config, data, world_size=shape.world_size) if data is not None else None
     facts = model.facts
+    phase_remarks: list[str] = []
+    if steps is not None and phases is not None and phases.path is not None:
+        steps, phase_remarks = plan_phases(phases, steps, ranks=shape.world_size * config.engine.accum_freq)
     on_gpu = config.engine.device.startswith("cuda")
     checkpoints = None
     memory = None
@@ -212,11 +234,23 @@ def make_plan(
     if steps is not None and facts is not None:
         checkpoints = plan_checkpoints(config, facts, shape, lanes=steps.lanes, assumptions=assumptions)
         if on_gpu:
-            memory = plan_memory(config, facts, steps, world_size=shape.world_size)
-            speed = _plan_speed(config, facts, steps, shape, data=data, assumptions=assumptions, first_step=first_step)
+            stretches = _stretches(config, facts, steps, phases, first_step=first_step)
+            memories = [
+                plan_memory(part.config, part.facts, part.steps, world_size=shape.world_size) for part in stretches
+            ]
+            memory = max(memories, key=lambda memory: memory.total)
+            speeds = [_plan_speed(part, shape, data=data, assumptions=assumptions) for part in stretches]
+            speed = _together(speeds, shape)
+            phase_remarks += [
+                f"{part.name}: {part.number:,} steps of {part.steps.global_batch:,}, {speeds[place].step_s:.3g} s each, "
+                f"{memories[place].total:.1f} GiB"
+                for place, part in enumerate(stretches)
+                if len(stretches) > 1
+            ]
     signal_before_s = choose_signal(shape, checkpoints=checkpoints, step_s=speed.step_s if speed else 0.0)
     remarks = [
         *model.remarks,
+        *phase_remarks,
         *(_memory_remarks(config, memory, assumptions) if memory else ()),
         *(_speed_remarks(config, speed) if speed else ()),
     ]
@@ -253,6 +287,60 @@ def plan_steps(config: Config, data: DataFacts, *, world_size: int) -> Steps:
         lanes=lanes,
         block=config.data.shuffle_block or choose_block(lanes, world_size=world_size),
     )
+
+
+def plan_phases(phases: Phases, steps: Steps, *, ranks: int) -> tuple[Steps, list[str]]:
+    """With the steps of each phase, and remarks.
+
+    Args:
+        ranks: times micro-steps: batches in a step.
+
+    Raises:
+        ValueError: a step that is more than an epoch.
+    """
+    samples_per_epoch = steps.per_epoch * steps.global_batch
+    remarks = phases.check(samples_per_epoch=samples_per_epoch, epochs=steps.epochs, ranks=ranks)
+    seen, numbers = 0, []
+    for phase in phases.all:
+        batch = phase.config.data.batch_size * ranks
+        end = steps.samples if phase.end is None else min(phase.end, steps.samples)
+        numbers.append(max(0, math.ceil((end - seen) / batch)))
+        seen += numbers[-1] * batch
+    return replace(steps, of_phases=tuple(numbers)), remarks
+
+
+def _stretches(
+    config: Config, facts: ModelFacts, steps: Steps, phases: Phases | None, *, first_step: int
+) -> list[_Stretch]:
+    """
+    Raises:
+        ValueError: captions that are longer than the model reads.
+    """
+    if phases is None or not steps.of_phases:
+        return [_Stretch(config, facts, steps, steps.total, max(0, steps.total - first_step), "the run")]
+    ranks = steps.global_batch // config.data.batch_size
+    stretches, done = [], 0
+    for phase, number in zip(phases.all, steps.of_phases, strict=True):
+        name = f"phase {phase.number} of {len(phases)} ({phase})"
+        own = find_facts(phase.config.model).facts
+        assert own is not None
+        length = phase.text_length or own.context_length
+        if length > own.context_length:
+            raise ValueError(
+                f"--phases {phases.path}, {name}: text_length {length} is more than the model's context of "
+                f"{own.context_length} tokens: lower it, or pass --force-context-length."
+            )
+        share = length / own.context_length
+        own = own._replace(
+            text_gmac=own.text_gmac * share,
+            text_mb=own.text_mb * share,
+            text_checkpointed_mb=own.text_checkpointed_mb * share,
+        )
+        batch = replace(steps, global_batch=phase.config.data.batch_size * ranks)
+        left = number - min(max(0, first_step - done), number)
+        stretches.append(_Stretch(phase.config, own, batch, number, left, name))
+        done += number
+    return stretches
 
 
 def plan_memory(config: Config, facts: ModelFacts, steps: Steps, *, world_size: int) -> Memory:
@@ -342,22 +430,12 @@ def saves_within_epochs(config: Config) -> bool:
     return config.checkpoint.save_every_n_steps > 0 or config.checkpoint.save_every_n_minutes > 0
 
 
-def _plan_speed(
-    config: Config,
-    facts: ModelFacts,
-    steps: Steps,
-    shape: JobShape,
-    *,
-    data: DataFacts | None,
-    assumptions: Assumptions,
-    first_step: int,
-) -> Speed:
+def _plan_speed(part: _Stretch, shape: JobShape, *, data: DataFacts | None, assumptions: Assumptions) -> Speed:
     # Forward and backward: 3 forward passes of 2 operations for each multiplication with addition.
-    per_gpu = assumptions.mfu * GPUS[assumptions.gpu].tflops * 1e12 / (6 * facts.gmac * 1e9)
+    per_gpu = assumptions.mfu * GPUS[assumptions.gpu].tflops * 1e12 / (6 * part.facts.gmac * 1e9)
     samples_per_s = per_gpu * shape.world_size
-    step_s = steps.global_batch / samples_per_s
-    seconds = max(0, steps.total - first_step) * step_s
-    usable = max(1, shape.time_limit_s - START_UP_S - (shape.signal_before_s or DEFAULT_SIGNAL_S))
+    step_s = part.steps.global_batch / samples_per_s
+    seconds = part.left * step_s
     sample_bytes = data.sample_bytes if data is not None else None
     if sample_bytes is None:
         sample_bytes = assumptions.sample_kb * 1e3
@@ -365,10 +443,24 @@ def _plan_speed(
         samples_per_s=samples_per_s,
         step_s=step_s,
         hours=seconds / 3600,
-        jobs=max(1, math.ceil(seconds / usable)),
+        jobs=_jobs(seconds, shape),
         gbit_per_s=8 * samples_per_s * sample_bytes / 1e9,
-        images_per_worker=per_gpu / max(1, config.data.workers),
+        images_per_worker=per_gpu / max(1, part.config.data.workers),
     )
+
+
+def _together(speeds: Sequence[Speed], shape: JobShape) -> Speed:
+    """Of several phases: the time of all, and of the rates the highest, which data and signals must stand."""
+    hours = sum(speed.hours for speed in speeds)
+    fastest = max(speeds, key=lambda speed: speed.samples_per_s)
+    step_s = max(speed.step_s for speed in speeds)
+    return replace(fastest, step_s=step_s, hours=hours, jobs=_jobs(3600 * hours, shape))
+
+
+def _jobs(seconds: float, shape: JobShape) -> int:
+    """Of the time limit each."""
+    usable = max(1, shape.time_limit_s - START_UP_S - (shape.signal_before_s or DEFAULT_SIGNAL_S))
+    return max(1, math.ceil(seconds / usable))
 
 
 def _weight_bytes(config: Config) -> int:

@@ -84,6 +84,12 @@ def _batch(config: Config, steps: Steps, world_size: int) -> str:
 
 def _steps(steps: Steps, first_step: int) -> str:
     left = f", {steps.total - first_step:,} of them left" if first_step else ""
+    if steps.of_phases:
+        shown = " + ".join(f"{number:,}" for number in steps.of_phases)
+        return (
+            f"{shown} in {len(steps.of_phases)} phases = {steps.total:,}{left}; {steps.epochs} epochs, "
+            f"{_count(steps.samples)} samples in all"
+        )
     return (
         f"{steps.per_epoch:,} an epoch ({steps.samples_per_epoch:,} samples) x {steps.epochs} epochs = "
         f"{steps.total:,}{left}; {_count(steps.samples)} samples in all"

@@ -33,6 +33,7 @@ _DATE_PATTERN = r"\d{4}_\d{2}_\d{2}-\d{2}_\d{2}_\d{2}"
 
 
 STARTS_FILE = "starts.jsonl"
+EVENTS_FILE = "events.jsonl"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def run_paths(config: Config, *, name: str, rank: int = 0) -> RunPaths | None:
         results_jsonl=checkpoints / "results.jsonl",
         trace=root / "trace",
         starts_jsonl=root / STARTS_FILE,
-        events_jsonl=root / "events.jsonl",
+        events_jsonl=root / EVENTS_FILE,
         telemetry_jsonl=root / "telemetry.jsonl",
         leases=root / "leases",
         hangs=root / "hangs",

@@ -132,6 +132,7 @@ _NEVER_EMPTY = (
     "train_data_manifest",
     "cache_shards",
     "model",
+    "phases",
     "device",
     "resume",
     "keep_best",
@@ -232,8 +233,7 @@ def _data_problems(config: Config) -> Iterator[str]:
         evaluation.zeroshot_data,
         evaluation.retrieval_data,
     )
-    trains = data.train_data is not None or data.train_data_manifest is not None or synthetic
-    if not trains and not any(evaluation_sets):
+    if not _trains(data) and not any(evaluation_sets):
         yield (
             "there is nothing to train on and nothing to evaluate: pass --train-data, --dataset-type synthetic, "
             "or an evaluation set such as --val-data or --zeroshot-data."
@@ -252,6 +252,10 @@ def _data_problems(config: Config) -> Iterator[str]:
         yield "--dataset-type synthetic has no size of its own: pass --train-num-samples."
     if data.train_data_upsampling_factors is not None:
         yield from _upsampling_problems(data, data.train_data_upsampling_factors)
+
+
+def _trains(data: DataConfig) -> bool:
+    return data.train_data is not None or data.train_data_manifest is not None or data.dataset_type == "synthetic"
 
 
 def _manifest_problems(data: DataConfig) -> Iterator[str]:
@@ -417,6 +421,11 @@ def _fsdp_problems(config: Config) -> Iterator[str]:
 
 def _schedule_problems(config: Config) -> Iterator[str]:
     schedule = config.schedule
+    if schedule.phases is not None and logs_disabled(config.logging.logs):
+        yield (
+            f"--phases {schedule.phases} with --logs {config.logging.logs or 'empty'}: a phase goes on from the "
+            "checkpoint of the one before. Pass a directory to --logs."
+        )
     if schedule.lr_scheduler != "const-cooldown":
         return
     if schedule.epochs_cooldown is None:
@@ -523,6 +532,7 @@ def _inert_groups(config: Config) -> list[tuple[bool, str, tuple[str, ...]]]:
         ),
         (config.engine.fsdp, "--fsdp takes the place of DDP", ("ddp_static_graph",)),
         (not config.loss.siglip, "--siglip is not given", ("loss_dist_impl",)),
+        (not _trains(config.data), "there is no training data", ("phases",)),
         (not _is_timm(config.optim), f"--opt {config.optim.opt} has no such setting", ("momentum",)),
         (
             dataset_type in ("webdataset", "synthetic"),

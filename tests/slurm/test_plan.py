@@ -18,6 +18,7 @@ from training.config import Config, LossConfig, ModelConfig
 from training.data import build
 from training.data.epoch import train_data_type
 from training.losses.tiles import TILE_ELEMENTS
+from training.phases import Phases, read_phases
 
 RUNS = Path(__file__).resolve().parents[2] / "configs" / "runs"
 DAY = 24 * 3600
@@ -25,10 +26,25 @@ LAION = DataFacts("webdataset", 135_646_078, 231_350, num_shards=231_350, first_
 SYNTHETIC = ("--dataset-type=synthetic", "--train-num-samples=100000")
 
 
-def plan_of(config: Config, *, nodes: int = 128, per_node: int = 8, data: DataFacts = LAION, **assumed: object) -> Plan:
+def plan_of(
+    config: Config,
+    *,
+    nodes: int = 128,
+    per_node: int = 8,
+    data: DataFacts = LAION,
+    phases: Phases | None = None,
+    first_step: int = 0,
+    **assumed: object,
+) -> Plan:
     shape = JobShape(nodes, per_node, DAY)
     assumptions = Assumptions(**assumed)  # type: ignore[arg-type]
-    return make_plan(config, shape, data=data, model=find_facts(config.model), assumptions=assumptions)
+    model = find_facts(config.model)
+    run = {"data": data, "phases": phases, "first_step": first_step}
+    return make_plan(config, shape, model=model, assumptions=assumptions, **run)  # type: ignore[arg-type]
+
+
+def with_phases(config: Config, path: Path) -> Config:
+    return replace(config, schedule=replace(config.schedule, phases=str(path)))
 
 
 def xxlarge(**engine: object) -> Config:
@@ -289,6 +305,33 @@ def test_what_the_force_flags_change_is_scaled_and_said():
     assert scaled.image_gmac == pytest.approx(2 * plain.image_gmac)
     assert scaled.text_mb == pytest.approx(2 * plain.text_mb)
     assert len(remarks) == 3
+
+
+def test_phases_are_planned_one_by_one_and_memory_for_the_largest(tmp_path):
+    config = parse_args(["--model=ViT-B-16", "--train-data=x.tar", "--batch-size=64", "--epochs=2"])
+    whole = plan_of(config, nodes=1)
+    path = tmp_path / "phases.yaml"
+    path.write_text(
+        "- {until_samples: 135.6e6, image_size: 112, text_length: 16, batch_size: 128}\n- {patch_dropout: 0.5}\n- {}\n"
+    )
+    with pytest.raises(ValueError, match=r"phase 2 has no until_samples"):
+        read_phases(with_phases(config, path))
+    path.write_text("- {until_samples: 135.6e6, image_size: 112, text_length: 16, batch_size: 128}\n- {}\n")
+    phases = read_phases(with_phases(config, path))
+    found = plan_of(config, nodes=1, phases=phases)
+    assert found.steps is not None
+    assert found.steps.of_phases == (-(-135_600_000 // 1024), found.steps.total - found.steps.of_phases[0])
+    assert found.memory == whole.memory
+    assert whole.speed is not None
+    assert 0.5 < found.speed.hours / whole.speed.hours < 0.75
+    assert "phase 1 of 2 (image size [112], text length 16, batch size 128): 132,422 steps of 1,024" in str(
+        found.remarks
+    )
+    later = plan_of(config, nodes=1, phases=phases, first_step=found.steps.of_phases[0])
+    assert later.speed.hours == pytest.approx(whole.speed.hours / 2, rel=0.01)
+    path.write_text("- {text_length: 78}\n")
+    with pytest.raises(ValueError, match="text_length 78 is more than the model's context of 77"):
+        plan_of(config, nodes=1, phases=read_phases(with_phases(config, path)))
 
 
 def test_every_built_in_model_is_in_the_file_of_facts():

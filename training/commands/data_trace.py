@@ -28,7 +28,8 @@ from training.data.loader import TrainLoader
 from training.data.position import StreamPosition, read_position
 from training.data.storage import StorageError
 from training.data.trace import TRACE_DIRECTORY, read_trace
-from training.naming import STARTS_FILE
+from training.naming import EVENTS_FILE, STARTS_FILE
+from training.observability.events import read_events
 from training.observability.history import read_starts
 
 
@@ -109,7 +110,12 @@ def _start_before(run: Path, step: int) -> Start:
         raise ValueError(
             f"Other data was given from step {changed[0]} on: what was read before cannot be told any more."
         )
-    return Start(**{name: before[-1][name] for name in Start._fields})
+    start = Start(**{name: before[-1][name] for name in Start._fields})
+    # A phase with another batch size begins at its own checkpoint, within a start.
+    for event in read_events(run / EVENTS_FILE):
+        if event.get("event") == "phase" and start.step < event["step"] <= step:
+            start = start._replace(step=event["step"], batch_size=event["batch_size"])
+    return start
 
 
 def _loader(config: Config, start: Start, *, rank: int) -> TrainLoader:
