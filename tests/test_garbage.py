@@ -135,10 +135,6 @@ def test_steps_leave_no_tensors_to_the_collector(accum_freq, engine):
     assert tensors_left_by(accum_freq, engine) == 0
 
 
-def test_steps_of_several_ranks_leave_no_tensors_to_the_collector():
-    assert run_ranks(2, tensors_left_by, 1, PLAIN) == [0, 0]
-
-
 def test_a_cycle_that_a_step_makes_would_be_found(monkeypatch):
     forward = TrainStep._forward
 
@@ -165,5 +161,9 @@ def steps_of_collections() -> list[int]:
     return seen
 
 
-def test_all_ranks_collect_after_the_same_steps():
-    assert run_ranks(2, steps_of_collections) == [[2, 4], [2, 4]]
+def both() -> tuple[list[int], int]:
+    return steps_of_collections(), tensors_left_by(1, PLAIN)
+
+
+def test_all_ranks_collect_after_the_same_steps_which_leave_no_tensors_there_either():
+    assert run_ranks(2, both) == [([2, 4], 0), ([2, 4], 0)]
