@@ -1,6 +1,9 @@
-"""Memory of the loss alone, on one rank of 1,024: counted from the real code, beside losses that store their logits.
+"""The loss alone, on one rank of many: its memory at 1,024 ranks, and what it does when it is executed.
 
     python -m benchmarks.scale_loss
+
+    counted    at all local batches, 1,024 ranks, beside losses that store their logits
+    executed   at local batch 896 with 96 ranks, beside a reference in fp64, and with 1,024 ranks
 
 Counted with tensors that have shapes and no memory (scale_world.LiveMemory): features in, loss and backward, peak of
 all that exists beside the features and their gradients. The stored forms are OpenCLIP's two ways to compute the softmax
@@ -11,7 +14,8 @@ Legend: B rank batch, G global batch, E embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,16 +26,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from benchmarks.executed_loss import Shape, execute
 from benchmarks.scale_jobs import LOCAL_BATCHES
 from benchmarks.scale_rank import LOSSES, WORLD
 from benchmarks.scale_report import Result, Tables, num_bytes, run_benchmark, table
 from benchmarks.scale_world import LiveMemory, fake_world
 from models.config import load_model_config
+from training.config import LossConfig
 from training.distributed.collectives import rank, world_size
 from training.losses import build_loss
 from training.losses.tiles import TILE_ELEMENTS
 
 NAME = "scale_loss"
+BF16 = LossConfig(gather_dtype="bf16")
+EXECUTED = {**LOSSES, "CLIP, texts in bf16": BF16}
 
 
 def stored_softmax(
@@ -76,7 +84,7 @@ class _AllGatherRows(torch.autograd.Function):
 
 
 FORMS: Mapping[str, Callable[..., Tensor]] = {
-    **{name: build_loss(config) for name, config in LOSSES.items()},
+    **{name: build_loss(config) for name, config in EXECUTED.items()},
     "softmax, stored logits of local rows": partial(stored_softmax, all_rows=False),
     "softmax, stored logits of all rows": partial(stored_softmax, all_rows=True),
 }
@@ -98,7 +106,14 @@ def measure(*, small: bool = False) -> Result:
             "counted": {name: count_bytes(name, batch_size, width, world=world) for name in FORMS},
         }
         rows.append(row)
-    return {"world": world, "tile_elements": TILE_ELEMENTS, "rows": rows}
+    return {"world": world, "tile_elements": TILE_ELEMENTS, "rows": rows, "executed": run_rank(small=small)}
+
+
+def run_rank(*, small: bool) -> list[dict[str, Any]]:
+    """With 96 ranks all losses, and exact; with 1,024 only the largest, for the reference would take minutes."""
+    few, many = (Shape(8, 16, 32), Shape(16, 16, 32)) if small else (Shape(96, 896, 512), Shape(WORLD, 896, 512))
+    found = [{"name": name, **execute(config, few, check=True)} for name, config in EXECUTED.items()]
+    return [*found, {"name": "CLIP", **execute(LOSSES["CLIP"], many, check=False)}]
 
 
 def count_bytes(form: str, batch_size: int, width: int, *, world: int) -> int:
@@ -120,11 +135,43 @@ def tables(result: Result) -> Tables:
             row["model"],
             row["batch_size"],
             f"{row['global_batch']:,}",
-            *(num_bytes(row["counted"][name]) for name in FORMS),
+            *map(num_bytes, row["counted"].values()),
         ]
         for row in result["rows"]
     ]
-    return {"loss_memory": table(["model", "b", "global batch", *FORMS], body)}
+    found = {"loss_memory": table(["model", "b", "global batch", *result["rows"][0]["counted"]], body)}
+    if "executed" in result:
+        found["loss_executed"] = _executed_table(result["executed"])
+    return found
+
+
+def _executed_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    header = [
+        "ranks",
+        "loss",
+        "matrix products B x G x E",
+        "peak of tensors",
+        "peak resident",
+        "kept between the passes, largest tensor",
+        "gather, all-reduce, reduce-scatter",
+        "largest relative error against fp64",
+    ]
+
+    def cells(row: Mapping[str, Any]) -> list[object]:
+        messages = Counter(row["messages"])
+        kept, texts = row["largest_kept_elements"], row["global_batch"] * row["width"]
+        return [
+            row["world"],
+            row["name"],
+            f"{row['products']:.3g}",
+            num_bytes(row["peak_tensor_bytes"]),
+            num_bytes(row["peak_resident_bytes"]),
+            "all texts" if kept == texts else f"{kept:,} elements",
+            ", ".join(str(messages[name]) for name in ("_allgather_base_", "allreduce_", "_reduce_scatter_base_")),
+            f"{max(row['relative_errors'].values()):.1e}" if "relative_errors" in row else "-",
+        ]
+
+    return table(header, [cells(row) for row in rows])
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from benchmarks import (
+    executed_loss,
     scale_all,
     scale_checkpoints,
     scale_goodput,
@@ -26,6 +28,7 @@ from benchmarks.scale_jobs import BOOSTER, LEGS, NETWORKS, XXLARGE
 from benchmarks.scale_memory import full_size
 from benchmarks.scale_rank import Setting, exchange
 from benchmarks.scale_world import LiveMemory, fake_world
+from training.config import LossConfig
 from training.data.lanes import LanePosition
 from training.data.position import read_position
 from training.distributed.collectives import all_gather_rows, all_reduce_max, all_reduce_sum, gather_objects
@@ -118,6 +121,40 @@ def test_the_loss_of_stored_logits_is_the_tiled_one(all_rows):
     inputs = images, texts, torch.tensor(20.0), None
     stored = scale_loss.stored_softmax(*inputs, all_rows=all_rows)
     assert stored.item() == pytest.approx(scale_loss.FORMS["CLIP"](*inputs).item(), rel=1e-5)
+
+
+def test_an_executed_rank_computes_four_products_and_the_loss_of_the_reference():
+    shape = executed_loss.Shape(world=7, batch_size=6, width=8)
+    for name, config in scale_loss.EXECUTED.items():
+        found = executed_loss.execute(config, shape, check=True)
+        assert max(found["relative_errors"].values()) < 5e-6, name
+        assert found["products"] == 4
+        assert found["largest_kept_elements"] == shape.global_batch * shape.width
+        gathered = [message for message in found["messages"] if message != "allreduce_"]
+        assert gathered == ["_allgather_base_", "_reduce_scatter_base_"]
+
+
+@pytest.mark.parametrize("siglip", [False, True])
+def test_the_reference_of_an_executed_rank_is_the_global_loss_in_fp64(siglip):
+    world, own = 7, slice(5 * 6, 6 * 6)
+    images, rows = (F.normalize(torch.randn(count, 8).double()).requires_grad_() for count in (6, 42))
+    scale = torch.tensor(executed_loss.SCALE, dtype=torch.float64, requires_grad=True)
+    others = executed_loss.SCALE * (images @ rows.T).detach() + executed_loss.BIAS
+    mine = scale * images @ rows.T + executed_loss.BIAS
+    logits, labels = torch.cat([others] * 5 + [mine] + [others]), torch.arange(42)  # [G, G]; this is rank 5
+    if siglip:
+        answers = 2 * torch.eye(42, dtype=torch.float64) - 1
+        losses = -F.logsigmoid(answers * logits).sum(dim=1)
+    else:
+        by_image, by_text = (F.cross_entropy(value, labels, reduction="none") for value in (logits, logits.T))
+        losses = (by_image + by_text) / 2
+    (world * losses.mean()).backward()
+    config = LossConfig(siglip=siglip)
+    found = executed_loss.reference(config, images, rows.detach(), world=world, of_texts=rows.grad)
+    assert found.loss == pytest.approx(losses[own].mean().item(), rel=1e-12)
+    assert found.scale == pytest.approx(scale.grad.item(), rel=1e-10)
+    torch.testing.assert_close(found.images, images.grad, rtol=1e-10, atol=1e-12)
+    assert found.texts_error < 1e-10
 
 
 def test_every_sample_of_an_epoch_is_seen_once_by_shrinking_and_growing_jobs():
