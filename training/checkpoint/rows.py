@@ -51,8 +51,7 @@ class StateRows:
         parameter = name.partition(SEPARATOR)[0]
         place = _place_of(full_shape, self._places.get(parameter))
         if name not in self.tensors:
-            device = self._parameters[parameter].device
-            self.tensors[name] = torch.empty((place.rows, *full_shape[1:]), dtype=rows.dtype, device=device)
+            self.tensors[name] = _empty_beside(self._parameters[parameter], (place.rows, *full_shape[1:]), rows.dtype)
         copy_rows(self.tensors[name], rows, target_row=place.start, source_row=row)
 
     def take(self, entry: Entry, rows: Tensor) -> None:
@@ -90,3 +89,10 @@ def _place_of(full_shape: tuple[int, ...], place: Placement | None) -> Placement
     if place is None or place.full_shape != full_shape:
         return Placement(full_shape, 0, full_shape[0])
     return place
+
+
+def _empty_beside(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """State of a weight's shape lies in memory as the weight does: fused optimizers walk through both in step."""
+    if tuple(parameter.shape) == shape:
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(shape, dtype=dtype, device=parameter.device)

@@ -96,6 +96,7 @@ def to_device(
     device: torch.device,
     dtype: torch.dtype,
     pack: Callable[[Tensor], Tensor | PackedTexts] = Tensor.clone,
+    memory_format: torch.memory_format = torch.preserve_format,
 ) -> DeviceBatch:
     """Copies a batch to the device and normalises it there; the result shares no memory with the batch.
 
@@ -103,6 +104,7 @@ def to_device(
 
     Args:
         pack: what becomes of the texts on the host, in new memory (``models/text_form.py``).
+        memory_format: of the images, as ``normalize`` has it.
     """
     if batch.encoded is None:
         images = batch.images.to(device, non_blocking=True)
@@ -110,7 +112,8 @@ def to_device(
         images, batch = _decode(batch, batch.encoded, device)
     texts = pack(batch.texts).to(device, non_blocking=True)
     sources = batch.record.samples[:, SAMPLE_COLUMNS.index("source")].to(device, non_blocking=True)
-    return DeviceBatch(normalize(images, mean=mean, std=std, dtype=dtype), texts, batch.record, sources)
+    normalized = normalize(images, mean=mean, std=std, dtype=dtype, memory_format=memory_format)
+    return DeviceBatch(normalized, texts, batch.record, sources)
 
 
 def _decode(batch: Batch, encoded: EncodedRows, device: torch.device) -> tuple[Tensor, Batch]:
@@ -141,21 +144,27 @@ def _decode(batch: Batch, encoded: EncodedRows, device: torch.device) -> tuple[T
 
 
 def normalize(
-    images: Tensor, *, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+    images: Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.preserve_format,
 ) -> Tensor:
     """(x / 255 - mean) / std per channel: uint8 [B, 3, H, W] -> dtype [B, 3, H, W], on the images' device.
 
     The same operations in the same order as torchvision's ToTensor and Normalize, so the same bits in fp32.
+
+    Args:
+        memory_format: of the result; ``torch.channels_last`` costs nothing here, where pixels are copied anyway.
     """
     center, spread = _channel_constants(tuple(mean), tuple(std), images.device)
-    normalized = images.to(torch.float32, copy=True)
+    normalized = images.to(torch.float32, copy=True, memory_format=memory_format)
     return normalized.div_(255).sub_(center).div_(spread).to(dtype)
 
 
 @lru_cache(maxsize=8)
-def _channel_constants(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _channel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """[3, 1, 1] each. Cached, because making a tensor on a GPU from Python numbers makes the host wait."""
     center, spread = (torch.tensor(values, dtype=torch.float32, device=device) for values in (mean, std))
     return center[:, None, None], spread[:, None, None]

@@ -38,8 +38,8 @@ def bucket_cap_mib(model: nn.Module) -> int | None:
 def send_in_bf16(model: DistributedDataParallel) -> None:
     """Gradients are divided by the ranks, rounded to bf16, added up in bf16, and are fp32 again on every rank.
 
-    Half of the bytes; ranks still get equal gradients. Of a sum over W ranks the error is at most W + 1 roundings, of
-    2^-9 each, of the mean magnitude of what is added.
+    Half of the bytes; ranks still get equal gradients. Of a mean over W ranks the error is at most W + 1 roundings, of
+    2^-8 each, of the mean magnitude of what is added.
     """
     model.register_comm_hook(None, bf16_compress_hook)  # None: the group of all ranks
 

@@ -6,44 +6,52 @@ Shapes, names and values stay: only the order of a weight's numbers in memory ch
 from __future__ import annotations
 
 import logging
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 logger = logging.getLogger(__name__)
 
 
-def image_memory_format(model: nn.Module, setting: str, *, device: torch.device) -> torch.memory_format:
-    """What images should come in. Pure.
-
-    Args:
-        setting: --channels-last: auto, on or off; auto is on for convolutional towers on a GPU.
-    """
-    wanted = setting == "on" or (setting == "auto" and device.type == "cuda")
-    return torch.channels_last if wanted and is_convolutional(model) else torch.contiguous_format
+def wants_channels_last(model: nn.Module, setting: str, *, device_type: str) -> bool:
+    """What --channels-last means for a model: ``auto`` is on for convolutional image towers on a GPU. Pure."""
+    return (setting == "on" or (setting == "auto" and device_type == "cuda")) and is_convolutional(model)
 
 
 def is_convolutional(model: nn.Module) -> bool:
     """Whether the image tower has convolutions beyond cutting an image into patches, whose windows do not overlap."""
-    tower = getattr(model, "visual", None)
-    return tower is not None and any(
-        isinstance(module, nn.Conv2d) and module.kernel_size != module.stride for module in tower.modules()
-    )
+    return any(module.kernel_size != module.stride for module in _convolutions(model))
 
 
-def apply_memory_format(model: nn.Module, setting: str, *, device: torch.device, is_sharded: bool) -> None:
-    """Reorders the weights of an image tower in place, and says so.
+def apply_channels_last(model: nn.Module, *, is_sharded: bool) -> None:
+    """Reorders the image tower's weights in place, and whatever images it is given.
 
     Args:
-        is_sharded: FSDP takes weights in their usual order only: each convolution then reorders its own.
+        is_sharded: FSDP takes weights in their usual order only; each convolution then reorders its own.
     """
-    if image_memory_format(model, setting, device=device) is not torch.channels_last:
-        if setting == "on":
-            logger.info(
-                "--channels-last on has no effect: the image tower has no convolutions but those of its patches."
-            )
-        return
+    visual = cast(nn.Module, model.visual)
     if not is_sharded:
-        cast(nn.Module, model.visual).to(memory_format=torch.channels_last)
-    logger.info("Image tower: NHWC memory%s.", " for images, not for weights, because of FSDP" if is_sharded else "")
+        visual.to(memory_format=torch.channels_last)
+    # Those of an evaluation; images of training come in this order (``image_memory_format``), which costs nothing here.
+    visual.register_forward_pre_hook(_reorder)
+
+
+def image_memory_format(model: nn.Module) -> torch.memory_format:
+    """The order of images that the image tower's weights ask for; ``preserve_format`` if they do not care."""
+    for module in _convolutions(model):
+        weight = module.weight
+        if not isinstance(weight, DTensor) and not weight.is_contiguous():
+            return torch.channels_last
+    return torch.preserve_format
+
+
+def _convolutions(model: nn.Module) -> list[nn.Conv2d]:
+    tower = getattr(model, "visual", None)
+    return [] if tower is None else [module for module in tower.modules() if isinstance(module, nn.Conv2d)]
+
+
+def _reorder(module: nn.Module, inputs: tuple[Tensor, *tuple[Any, ...]]) -> tuple[Any, ...]:
+    images, *others = inputs
+    return images.contiguous(memory_format=torch.channels_last), *others

@@ -35,7 +35,7 @@ from training.distributed.activation_checkpointing import checkpoint_blocks
 from training.distributed.compilation import compile_towers
 from training.distributed.gradient_exchange import REDUCE_DTYPES, bucket_cap_mib, log_reduce_dtype, send_in_bf16
 from training.distributed.initial_weights import check_no_meta_tensors, send_weights
-from training.distributed.memory_format import apply_memory_format
+from training.distributed.memory_format import apply_channels_last, wants_channels_last
 from training.distributed.mesh import build_mesh, is_sharded
 from training.distributed.runtime import COLLECTIVE_TIMEOUT, Runtime
 from training.distributed.sharding import register_sharding
@@ -73,7 +73,11 @@ def parallelize(
             divide the ranks.
     """
     shares = is_sharded(config, world_size=runtime.world_size)
-    apply_memory_format(model, config.channels_last, device=runtime.device, is_sharded=shares)
+    if wants_channels_last(model, config.channels_last, device_type=runtime.device.type):
+        apply_channels_last(model, is_sharded=shares)
+        logger.info("image tower: NHWC memory%s", " for images; for weights FSDP knows NCHW only" if shares else "")
+    elif config.channels_last == "on":
+        logger.info("--channels-last on has no effect: the image tower has no convolution but that of its patches.")
     if config.use_bn_sync and runtime.world_size > 1:
         model = _synchronize_batch_norm(model, runtime)
     if config.grad_checkpointing:
