@@ -105,11 +105,16 @@ def execute(config: LossConfig, shape: Shape, *, check: bool) -> dict[str, Any]:
     """
     images, texts, scale, bias = _inputs(shape)
     kept: list[int] = []
+
+    def note(saved: Tensor) -> Tensor:
+        kept.append(saved.numel())
+        return saved
+
     memory, multiplications = LiveMemory(), Multiplications()
     with fake_world(shape.world, rank=RANK), Network(texts.detach()) as network, memory, multiplications:
         resident = _reset_peak_resident()
         start = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.numel()) or saved, _same):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
             loss = build_loss(config)(images, texts, scale, bias)
         between = time.perf_counter()
         loss.backward()
@@ -131,6 +136,7 @@ def execute(config: LossConfig, shape: Shape, *, check: bool) -> dict[str, Any]:
     if check:
         assert network.brought is not None
         assert network.taken is not None
+        assert scale.grad is not None
         exact = reference(config, images, network.brought, world=shape.world, of_texts=network.taken)
         found["relative_errors"] = {
             "loss": abs(loss.item() / exact.loss - 1),
@@ -218,11 +224,7 @@ def _inputs(shape: Shape) -> list[Tensor]:
 
 def _relative(found: Tensor | None, expected: Tensor) -> float:
     assert found is not None
-    return ((found - expected).norm() / expected.norm()).item()
-
-
-def _same(saved: Tensor) -> Tensor:
-    return saved
+    return float((found - expected).norm() / expected.norm())
 
 
 def _reset_peak_resident() -> int:
