@@ -81,8 +81,9 @@ def _draw_panel(panel: Panel, axis: str) -> Iterator[str]:
         value = 10.0**tick if panel.log else tick
         if panel.log and tick != round(tick):
             continue
+        label = f"1e{tick:.0f}" if panel.log else f"{value:.3g}"
         yield f'<path d="M{_LEFT} {y(value):.1f}H{PANEL_WIDTH - _RIGHT}" stroke="#dddddd"/>'
-        yield f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" {_FONT} text-anchor="end">{value:.3g}</text>'
+        yield f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" {_FONT} text-anchor="end">{label}</text>'
     for step in nice_ticks(1, max(2, last), most=6):
         yield f'<text x="{x(step):.1f}" y="{PANEL_HEIGHT - 12}" {_FONT} text-anchor="middle">{step:.0f}</text>'
     yield f'<text x="{PANEL_WIDTH - _RIGHT}" y="{PANEL_HEIGHT - 1}" {_FONT} text-anchor="end">{escape(axis)}</text>'

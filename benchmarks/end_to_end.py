@@ -33,7 +33,7 @@ from benchmarks.data_loader import PINNED_WEBDATASET
 from benchmarks.end_to_end_arms import ARMS, Preparation
 from benchmarks.parity import LOSS_TOLERANCE, LOW_PRECISION_LOSS_TOLERANCE
 from benchmarks.photo_shards import LINKED_SHARDS, find_photos, make_shards
-from benchmarks.provenance import ROOT, describe_run
+from benchmarks.provenance import ROOT, describe_run, model_name
 from benchmarks.scale_report import fill, table
 from benchmarks.stopped_process import StoppedProcess
 from benchmarks.timing import speed_ratio, spread
@@ -253,17 +253,18 @@ def settings_as_json(arguments: argparse.Namespace) -> dict[str, Any]:
     """The command line with defaults filled in; of paths nothing but a checkout's name."""
     left_out = ("out", "page", "write_page", "directory", "photos")
     settings = {name: value for name, value in vars(arguments).items() if name not in left_out}
+    settings["model"] = model_name(arguments.model)
     return {name: value.name if isinstance(value, Path) else value for name, value in settings.items()}
 
 
 def result_name(arguments: argparse.Namespace) -> str:
     """File name of a result: what distinguishes one measurement from the next."""
     device = torch.device(arguments.device).type
-    parts = ["end_to_end", arguments.model, device, arguments.precision, f"b{arguments.batch_size}"]
+    parts = ["end_to_end", model_name(arguments.model), device, arguments.precision, f"b{arguments.batch_size}"]
     parts += [f"w{arguments.workers}", *([f"decode-{arguments.decode}"] if arguments.decode else [])]
     flags = ("torchcompile", "grad_checkpointing", "tune_open_clip")
     parts += [flag.replace("_", "-") for flag in flags if getattr(arguments, flag)]
-    return "_".join(part.replace("/", "-") for part in parts)
+    return "_".join(parts)
 
 
 HEADER = (

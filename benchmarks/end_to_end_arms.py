@@ -29,6 +29,7 @@ from benchmarks.batches import HostBatch
 from benchmarks.memory import peak_gib, reset_peak
 from benchmarks.parity import exact_matmul
 from benchmarks.process_meter import memory, process_tree, usage
+from benchmarks.provenance import model_name
 from benchmarks.train_step_arms import (
     ArmSettings,
     ClipyardArm,
@@ -125,7 +126,8 @@ class OpenClipRun:
         from open_clip_train.params import parse_args
 
         settings = _settings(preparation)
-        args: Any = parse_args(["--model", settings.model, *preparation.flags])
+        name = model_name(settings.model)
+        args: Any = parse_args(["--model", name, *preparation.flags])
         args.distributed, args.world_size, args.rank = False, 1, 0
         set_device_defaults(settings.device)  # as its own trainer does
         self._arm = OpenClipArm(settings, tuning=Tuning(compiled=preparation.tune_open_clip))
@@ -134,7 +136,7 @@ class OpenClipRun:
         visual: Any = self._arm.model.get_submodule("visual")
         transform = image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=True, aug_cfg=args.aug_cfg)
         _accept_marks_of_ends(data)
-        self._data = data.get_wds_dataset(args, transform, is_train=True, epoch=0, tokenizer=get_tokenizer(args.model))
+        self._data = data.get_wds_dataset(args, transform, is_train=True, epoch=0, tokenizer=get_tokenizer(name))
         self._device, self._dtype = settings.device, get_input_dtype(settings.precision)
 
     def batches(self) -> Iterator[DeviceBatch]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.batches import HostBatch, make_batches
-from benchmarks.provenance import ROOT, describe_run
+from benchmarks.provenance import ROOT, describe_run, model_name
 from benchmarks.scale_report import fill, table
 from benchmarks.step_categories import CATEGORIES, LOSS_MARK, STEP_MARK, Operation, categorize, read_operations
 from benchmarks.train_step_arms import (
@@ -111,6 +111,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         logger.info("%s: %.1f ms per step", name, arms[name]["wall_ms"])
     left_out = ("out", "page", "write_page", "trace")
     kept = {name: value for name, value in vars(arguments).items() if name not in left_out}
+    kept["model"] = model_name(arguments.model)
     return {
         "benchmark": "profile_step",
         "settings": {name: value.name if isinstance(value, Path) else value for name, value in kept.items()},
@@ -219,9 +220,9 @@ def _ms(operations: Iterable[Operation]) -> float:
 def result_name(arguments: argparse.Namespace) -> str:
     """File name of a result."""
     device = torch.device(arguments.device).type
-    parts = ["profile_step", arguments.model, device, arguments.precision, f"b{arguments.batch_size}"]
+    parts = ["profile_step", model_name(arguments.model), device, arguments.precision, f"b{arguments.batch_size}"]
     parts += [flag.replace("_", "-") for flag in ("torchcompile", "tune_open_clip") if getattr(arguments, flag)]
-    return "_".join(part.replace("/", "-") for part in parts)
+    return "_".join(parts)
 
 
 def table_of(result: Mapping[str, Any]) -> str:

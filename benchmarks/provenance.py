@@ -30,6 +30,11 @@ def describe_run(device: torch.device) -> dict[str, object]:
     }
 
 
+def model_name(model: str) -> str:
+    """A model by its name; of a configuration's file only the name that it gives."""
+    return Path(model).stem if model.endswith(".json") else model
+
+
 def _hardware(device: torch.device) -> dict[str, object]:
     hardware: dict[str, object] = {
         "cpu": _cpu_name(),

@@ -19,6 +19,18 @@ def jpeg_bytes(color: tuple[int, int, int] = (200, 30, 60), *, size: tuple[int, 
     return buffer.getvalue()
 
 
+def write_tiny_model(directory: Path) -> Path:
+    """A configuration of a model, for --model: both towers of two narrow blocks, images of 32 px."""
+    model = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+    }
+    path = directory / "tiny-vit.json"
+    path.write_text(json.dumps(model))
+    return path
+
+
 def write_tar(path: Path, samples: Sequence[tuple[str, Mapping[str, bytes]]]) -> Path:
     """A tar with the given members: [(key, {extension: data})]."""
     with tarfile.open(path, "w") as archive:

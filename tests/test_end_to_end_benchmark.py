@@ -18,7 +18,7 @@ from benchmarks.end_to_end_arms import measure
 from benchmarks.process_meter import process_tree
 from benchmarks.scale_report import fill
 from benchmarks.stopped_process import StoppedProcess
-from tests.factories import jpeg_bytes
+from tests.factories import jpeg_bytes, write_tiny_model
 
 CPU = torch.device("cpu")
 ECHO = "import sys\nfor line in sys.stdin:\n    print(line, end='', flush=True)\n"
@@ -64,7 +64,8 @@ def photos(tmp_path: Path) -> Path:
 def test_both_programs_pass_the_gate_and_are_measured(tmp_path, photos, capsys):
     out = tmp_path / "result.json"
     sizes = ["--batch-size=4", "--blocks=2", "--block-steps=2", "--warmup-steps=1", "--samples=64", "--short-side=64"]
-    assert main(["--device=cpu", *sizes, f"--photos={photos}", f"--directory={tmp_path}", f"--out={out}"]) == 0
+    model = f"--model={write_tiny_model(tmp_path)}"
+    assert main(["--device=cpu", model, *sizes, f"--photos={photos}", f"--directory={tmp_path}", f"--out={out}"]) == 0
     result = json.loads(out.read_text())
     assert result["gate"]["difference"] <= 1e-5
     assert result["ratio"]["low"] <= result["ratio"]["value"] <= result["ratio"]["high"]
@@ -72,7 +73,7 @@ def test_both_programs_pass_the_gate_and_are_measured(tmp_path, photos, capsys):
         assert 0 < arm["data_wait_share"] < 1
         assert arm["steps"] == 4
         assert min(arm["cpu_s_per_1000"], arm["loader_pss_mb"], arm["peak_gib"]) > 0
-    assert "| demo-vit, 4, fp32 | 1 |" in capsys.readouterr().out
+    assert "| tiny-vit, 4, fp32 | 1 |" in capsys.readouterr().out
 
 
 def test_blocks_alternate_and_are_whole_rounds_of_the_workers():

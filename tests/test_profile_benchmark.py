@@ -13,8 +13,9 @@ from benchmarks import profile_step, step_categories
 from benchmarks.profile_step import Marked, main, summarize, table_of, tables_of_results
 from benchmarks.scale_report import fill
 from benchmarks.step_categories import CATEGORIES, Operation, categorize, read_operations
+from tests.factories import write_tiny_model
 
-TINY = ("--model=demo-vit", "--batch-size=2", "--device=cpu", "--steps=1", "--warmup-steps=1")
+TINY = ("--batch-size=2", "--device=cpu", "--steps=1", "--warmup-steps=1")
 
 
 def test_no_operation_is_in_two_tables():
@@ -25,7 +26,7 @@ def test_no_operation_is_in_two_tables():
 
 def test_every_operation_of_every_arm_has_a_category(tmp_path):
     out, trace = tmp_path / "profile.json", tmp_path / "trace.json"
-    assert main([*TINY, f"--out={out}", f"--trace={trace}"]) == 0
+    assert main([*TINY, f"--model={write_tiny_model(tmp_path)}", f"--out={out}", f"--trace={trace}"]) == 0
     arms = json.loads(out.read_text())["arms"]
     for name, arm in arms.items():
         assert arm["other"] == [], name
