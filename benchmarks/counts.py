@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.batches import LENGTHS_FILE
 from benchmarks.provenance import ROOT, describe_run
-from benchmarks.saved_activations import saved_by_open_clip, saved_by_us
+from benchmarks.saved_activations import WAYS, saved_by_open_clip, saved_by_us
 from benchmarks.scale_report import table
 from benchmarks.step_counts import (
     OUR_LOSS,
@@ -54,8 +54,9 @@ LOCAL_BATCHES = {
 FLOP_GATES = {"ViT-B-32-256": 1.47, "ViT-L-14": 1.10, "ViT-H-14": 1.13, "convnext_xxlarge": 1.085, "ViT-bigG-14": 1.09}
 """Times fewer than OpenCLIP's, at least."""
 SAVED_SHARE = 0.55
-SAVED_GATES = {"ViT-B-32-256": "compiled", "ViT-L-14": "selective", "ViT-H-14": "selective", "convnext_xxlarge": "both"}
-"""The first way of saved_activations.WAYS that keeps no more than this share."""
+SAVED_MODELS = ("ViT-B-32-256", "ViT-L-14", "ViT-H-14", "convnext_xxlarge")
+SAVED_WAY = "selective"
+"""The way of saved_activations.WAYS that has to keep no more than this share."""
 _BATCHES = 4
 """Of captions, from the start of the shuffled file."""
 
@@ -139,16 +140,17 @@ def products() -> list[Count]:
     ]
 
 
-def saved_activations(model_names: Sequence[str] = tuple(SAVED_GATES), *, ways: Sequence[str] = ()) -> list[Count]:
-    """MB per pair, without the ways that keep more than is asked for unless they are named."""
+def saved_activations(model_names: Sequence[str] = SAVED_MODELS, *, ways: Sequence[str] = tuple(WAYS)) -> list[Count]:
+    """MB per pair."""
     counts = []
     for name in model_names:
         theirs = saved_by_open_clip(name) / 1e6
-        for way in ways or ("plain", "compiled", "selective", "both"):
+        for way in ways:
             ours = saved_by_us(name, caption_file(), way=way) / 1e6
             metric = f"MB saved for the backward pass per pair, {name}, {way}"
-            is_gate = way == SAVED_GATES[name]
-            counts.append(share_of(metric, ours, theirs, SAVED_SHARE) if is_gate else Count(metric, ours, theirs))
+            counts.append(
+                share_of(metric, ours, theirs, SAVED_SHARE) if way == SAVED_WAY else Count(metric, ours, theirs)
+            )
     return counts
 
 
