@@ -65,8 +65,9 @@ def compile_towers(model: nn.Module, config: EngineConfig, *, device: torch.devi
     for remark in plan.remarks:
         logger.info("%s", remark)
     # Blocks share one cache, and so do towers: the last block of each, with gradient and without, other batch sizes in
-    # an evaluation. Beyond the limit torch runs them uncompiled.
-    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    # an evaluation, and each of ConvNeXt's 36 that drops its path with a probability of its own. Beyond the limit torch
+    # runs them uncompiled.
+    torch._dynamo.config.recompile_limit = max(128, torch._dynamo.config.recompile_limit)
     # DDP sends gradients while the backward pass runs. A block's are ready when its own graph is done; a whole tower
     # must be cut for that, which torch does at the edges of DDP's buckets, but not through checkpointed blocks.
     torch._dynamo.config.optimize_ddp = plan.strategy == "model" and not config.grad_checkpointing
