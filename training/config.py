@@ -169,6 +169,7 @@ class EngineConfig:
     """Python collects garbage after every so many steps, on all ranks at once; 0 leaves it to Python."""
     torchcompile: bool = False
     torchcompile_strategy: str = "block"
+    """``block``: each block by itself; ``model``: each tower; OpenCLIP's ``task`` and ``step`` do as ``model``."""
     torchcompile_backend: str | None = None
     torchcompile_mode: str | None = None
     seed: int = 0

@@ -273,7 +273,7 @@ FLAGS: tuple[Flag, ...] = (
     _on(
         "phases",
         "text",
-        "File of curriculum phases: image size, batch size, text length, patch dropout, augmentation by samples seen.",
+        "YAML file of phases: image size, patch dropout, text length, batch size, augmentation by samples seen.",
         origin="Clipyard",
     ),
     # engine
@@ -335,7 +335,7 @@ FLAGS: tuple[Flag, ...] = (
     _on(
         "grad-reduce-dtype",
         "text",
-        "Type in which gradients are summed over ranks.",
+        "Type in which gradients are summed over ranks; bf16 halves the bytes, and rounds.",
         origin="Clipyard",
         choices=("fp32", "bf16"),
     ),
@@ -349,12 +349,12 @@ FLAGS: tuple[Flag, ...] = (
     _on(
         "torchcompile-strategy",
         "text",
-        "What is compiled at once.",
+        "What is compiled at once; task and step do as model.",
         origin="HEAD",
         choices=("block", "model", "task", "step"),
     ),
     _on("torchcompile-backend", "text", "Backend of torch.compile.", origin="HEAD"),
-    _on("torchcompile-mode", "text", "Mode of torch.compile.", origin="HEAD"),
+    _on("torchcompile-mode", "text", "Mode of torch.compile; reduce-overhead adds CUDA graphs.", origin="HEAD"),
     _on("seed", "integer", "Every random number of the run follows from it."),
     _refused("horovod", "switch", False, "Horovod is not supported. Start with torchrun or srun, without this flag"),
     _refused("torchscript", "switch", False, "TorchScript is not supported. Use --torchcompile"),
