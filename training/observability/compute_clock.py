@@ -1,6 +1,6 @@
 """Measures the part of each step that a rank computes by itself, before any other rank can make it wait.
 
-    batch is there |=== zero gradients, forward ===| gather of the features: from here on all ranks take equally long
+    batch is there |=== zero gradients, forward ===| the loss needs all texts: from here on ranks wait for each other
                       ^ DDP's prologue is left out, which may exchange buffers
 
 Only this part tells a slow rank from one that waits for it. On a GPU the marks are events on the stream of the step:
