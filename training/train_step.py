@@ -112,6 +112,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         self._update.prepare()
         begin_step(unwrap(self.model))
+        self._exchange_once(micro_batches[0])
         if len(micro_batches) == 1:
             loss, outputs = self._backward(micro_batches[0])
         else:
@@ -148,8 +149,6 @@ class TrainStep:
 
     def _backward_accumulated(self, micro_batches: Sequence[DeviceBatch]) -> tuple[Tensor, list[ClipOutput]]:
         """The same gradients from k micro-batches, with the activations of one of them in memory at a time."""
-        self._exchange_once(micro_batches[0])
-
         # 1. Features of all micro-batches, and the random state each of them started with.
         outputs, random_states = self._encode_without_gradient(micro_batches)
         self.compute_clock.stop()
@@ -174,9 +173,10 @@ class TrainStep:
     def _exchange_once(self, batch: DeviceBatch) -> None:
         """In a process's first step: a backward pass of DDP that changes nothing.
 
-        DDP with a static graph counts gradients until its first exchange, and would wait for the local ones for ever
-        after. To exchange every micro-batch of the first step instead would round differently, and a resumed run would
-        not repeat an uninterrupted one bit for bit.
+        DDP sends its first gradients in one message, and those of later steps in buckets, in which they came. Where
+        several ranks add up, the order of a sum depends on its place in a message: without this pass the first step of
+        a resumed run would differ from that of an uninterrupted one, in its last bits. With a static graph DDP also
+        counts gradients until its first exchange, and would wait for those of micro-batches for ever after.
         """
         if not self._needs_first_exchange:
             return

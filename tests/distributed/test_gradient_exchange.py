@@ -75,6 +75,22 @@ def test_sums_in_bf16_are_within_their_bound_and_equal_on_all_ranks(case: str, o
     assert differs, "rounded to nothing like bf16"
 
 
+def gradients_of_two_steps() -> list[Tensor]:
+    model = tiny_clip()
+    step = build_step(model, trained=parallelize(model, config=EngineConfig(device="cpu"), runtime=current_runtime()))
+    found = []
+    for _ in range(2):
+        step([split(tiny_batch(16), 4)[rank()]], lr=0.0)
+        found.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    return found
+
+
+def test_the_first_step_of_a_process_adds_up_as_any_other_does() -> None:
+    # Four ranks: a sum of two is the same in either order.
+    for first, second in run_ranks(4, gradients_of_two_steps):
+        assert torch.equal(first, second)
+
+
 def shard_in_bf16(accumulated: bool) -> list[tuple[torch.dtype, dict[str, Tensor]]]:
     """(type of the reduction, gradients) of FSDP in fp32 and bf16."""
     found = []
