@@ -42,6 +42,8 @@ def test_one_failing_model_fails_the_command_after_the_others(tmp_path, monkeypa
     assert (failed["status"], measured["status"]) == ("failed", "measured")
     assert "exit code 1: ValueError: unknown model 'no-such-model'" in failed["message"]
     assert "ratio" in json.loads((tmp_path / measured["file"]).read_text())["comparisons"]["open_clip"]
+    assert measured["message"].startswith("open_clip ")
+    assert measured["message"].endswith(" by processor time")
     assert "no-such-model      failed" in capsys.readouterr().out
 
 

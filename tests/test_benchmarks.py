@@ -180,6 +180,8 @@ def test_weights_drawn_on_a_device_have_the_distribution_that_was_asked_for():
     with drawing_on(CPU):
         weights = nn.init.trunc_normal_(torch.empty(512, 512), std=0.02)
         uniform = torch.empty(512, 512).uniform_(1.0, 3.0)
+    with drawing_on(torch.device("meta")), pytest.raises(NotImplementedError, match="meta"):
+        torch.empty(512, 512).normal_()  # drawn where there are no numbers to copy
     assert weights.std().item() == pytest.approx(0.02, rel=0.02)
     assert (uniform.min().item(), uniform.max().item()) == pytest.approx((1.0, 3.0), abs=1e-3)
 
