@@ -70,7 +70,7 @@ def _is_kept(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpo
 
 def _is_depthwise(operation: Any, args: tuple[Any, ...]) -> bool:
     """A convolution of each channel by itself: a hundredth of ConvNeXt's FLOPs, an eighth of its memory."""
-    return operation._schema.name == "aten::convolution" and args[8] == len(args[1]) > 1  # groups, filters
+    return operation._schema.name == "aten::convolution" and bool(args[8] == len(args[1]) > 1)  # groups, filters
 
 
 _selective_contexts = functools.partial(create_selective_checkpoint_contexts, _is_kept)
