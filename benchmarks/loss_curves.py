@@ -1,6 +1,6 @@
 """Losses of training with everything on against everything off: the same numbers, but for rounding.
 
-    python -m benchmarks.loss_curves                    (CPU: 4 minutes on two quiet cores; --device cuda: one)
+    python -m benchmarks.loss_curves                    (CPU: some minutes on two quiet cores, more where blocks are first compiled)
 
     same weights, same batches -> on | off | OpenCLIP | off, rows of every batch in another order -> JSON, SVG
 
@@ -76,7 +76,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", default="demo-vit")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--samples", type=int, default=3200, help="different pictures; seen again in another order")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "amp_bf16"], choices=("fp32", "amp_bf16"))
     parser.add_argument("--lr", type=float, default=5e-4)
