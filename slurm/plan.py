@@ -242,8 +242,8 @@ def make_plan(
             speeds = [_plan_speed(part, shape, data=data, assumptions=assumptions) for part in stretches]
             speed = _together(speeds, shape)
             phase_remarks += [
-                f"{part.name}: {part.number:,} steps of {part.steps.global_batch:,}, {speeds[place].step_s:.3g} s each, "
-                f"{memories[place].total:.1f} GiB"
+                f"{part.name}: {part.number:,} steps of {part.steps.global_batch:,}, {speeds[place].step_s:.3g} s "
+                f"each, {memories[place].total:.1f} GiB"
                 for place, part in enumerate(stretches)
                 if len(stretches) > 1
             ]
