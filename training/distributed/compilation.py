@@ -78,7 +78,8 @@ def compile_towers(model: nn.Module, config: EngineConfig, *, device: torch.devi
     if plan.has_cuda_graphs:
         _begin_step_with_images(model)
     backend, mode = config.torchcompile_backend or _INDUCTOR, config.torchcompile_mode or "default"
-    logger.info("torch.compile: %d %s, backend %s, mode %s", compiled, plan.strategy + "s", backend, mode)
+    units = "blocks" if plan.strategy == "block" else "towers"
+    logger.info("torch.compile: %d %s, backend %s, mode %s", compiled, units, backend, mode)
 
 
 def plan_compilation(config: EngineConfig, *, device_type: str, world_size: int) -> CompilePlan:
