@@ -1,6 +1,6 @@
 """Losses of training with everything on against everything off: the same numbers, but for rounding.
 
-    python -m benchmarks.loss_curves                    (CPU: some minutes on two quiet cores, more where blocks are first compiled)
+    python -m benchmarks.loss_curves         (CPU: some minutes on two quiet cores, and compiling; on CUDA one or two)
 
     same weights, same batches -> on | off | OpenCLIP | off, rows of every batch in another order -> JSON, SVG
 
