@@ -1,7 +1,8 @@
 """The gates of speed that need no GPU: what a step computes, keeps and sends, counted beside OpenCLIP's.
 
-    python -m benchmarks.counts                  all of them, about ten minutes on one core; fails if a gate does
+    python -m benchmarks.counts                  all of them, about five minutes on one core; fails if a gate does
     python -m benchmarks.counts --only loss      some of them: prints, writes nothing
+    python -m benchmarks.counts --compiled       with what is saved by compiled blocks: ten minutes more
 
 Writes benchmarks/results/counts.json and docs/benchmarks/counts.md. No time is measured, so any machine will do.
 """
@@ -140,8 +141,10 @@ def products() -> list[Count]:
     ]
 
 
-def saved_activations(model_names: Sequence[str] = SAVED_MODELS, *, ways: Sequence[str] = tuple(WAYS)) -> list[Count]:
-    """MB per pair."""
+def saved_activations(
+    model_names: Sequence[str] = SAVED_MODELS, *, ways: Sequence[str] = ("plain", "selective")
+) -> list[Count]:
+    """MB per pair; compiled ways take minutes each."""
     counts = []
     for name in model_names:
         theirs = saved_by_open_clip(name) / 1e6
@@ -263,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 1 if a gate fails."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.counts", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="print these, write nothing")
+    parser.add_argument("--compiled", action="store_true", help="also count what compiled blocks save")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     arguments = parser.parse_args(argv)
@@ -271,7 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     counts = []
     for name in arguments.only or SECTIONS:
         sys.stderr.write(f"{name}\n")
-        counts += SECTIONS[name]()
+        with_compiled = arguments.compiled and name == "saved_activations"
+        counts += saved_activations(ways=tuple(WAYS)) if with_compiled else SECTIONS[name]()
     sys.stdout.write(render(counts))
     if not arguments.only:
         result = {"benchmark": "counts", "run": run, "counts": [count._asdict() for count in counts]}
