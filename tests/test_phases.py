@@ -193,17 +193,27 @@ def test_phases_need_a_place_for_checkpoints_and_data_to_train_on() -> None:
 
 
 @pytest.mark.parametrize("name", ["clipa", "flip"])
-def test_a_recipe_runs_scaled_down(run_here: Callable[[Sequence[str]], Outcome], tmp_path: Path, name: str) -> None:
-    recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
-    assert check_models(phases_of(tmp_path, (RECIPES / f"{name}.yaml").read_text(), model="ViT-L-14")) is not None
-    per = {"until_samples": 400_000_000, "image_size": 7, "text_length": 2, "batch_size": 64}
-    small = [{key: value // per[key] if key in per else value for key, value in phase.items()} for phase in recipe]
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
-    vision = TINY_MODEL["vision_cfg"] | {"patch_size": 4}  # type: ignore[operator]
-    (tmp_path / "tiny.json").write_text(json.dumps(TINY_MODEL | {"vision_cfg": vision}))
-    flags = "--precision fp32 --device cpu --epochs 1 --batch-size 4 --workers 0 --warmup 1 --name r"
-    pattern = write_shards(tmp_path / "s", shards=2, samples=18)
-    argv = [*flags.split(), "--model", str(tmp_path / "tiny.json"), "--logs", str(tmp_path), "--train-data", pattern]
-    outcome = run_here([*argv, "--phases", str(tmp_path / "small.yaml")])
+def test_a_recipe_fits_its_model_and_runs_scaled_down(
+    run_here: Callable[[Sequence[str]], Outcome], tmp_path: Path, name: str
+) -> None:
+    recipe = (RECIPES / f"{name}.yaml").read_text()
+    assert check_models(phases_of(tmp_path, recipe, model="ViT-L-14")) is not None
+    outcome = run_here(scaled_recipe(tmp_path, recipe))
     assert outcome.code == 0, outcome.text
     assert "Phase 2 of 2: images 32 x 32, batch 2" in outcome.text
+
+
+def scaled_recipe(directory: Path, recipe: str) -> list[str]:
+    """The command line of 36 samples through a recipe's phases; images of 12 and 32 pixels."""
+    per = {"until_samples": 400_000_000, "image_size": 7, "text_length": 2, "batch_size": 64}
+    phases = [
+        {key: value // per[key] if key in per else value for key, value in phase.items()}
+        for phase in yaml.safe_load(recipe)
+    ]
+    (directory / "small.yaml").write_text(yaml.safe_dump(phases))
+    vision = TINY_MODEL["vision_cfg"] | {"patch_size": 4}  # type: ignore[operator]
+    (directory / "tiny.json").write_text(json.dumps(TINY_MODEL | {"vision_cfg": vision}))
+    flags = "--precision fp32 --device cpu --epochs 1 --batch-size 4 --workers 0 --warmup 1 --name r"
+    pattern = write_shards(directory / "s", shards=2, samples=18)
+    place = ["--model", str(directory / "tiny.json"), "--logs", str(directory), "--train-data", pattern]
+    return [*flags.split(), *place, "--phases", str(directory / "small.yaml")]
