@@ -7,16 +7,14 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from tests.faults.nursery_client import REPOSITORY, Rank, shared_nursery
 from training.main import main
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TINY_MODEL = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 16, "head_width": 16},
@@ -63,12 +61,12 @@ def run_here(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[Sequence[s
     logging.captureWarnings(False)
 
 
-def start_ranks(argv: Sequence[str], *, world_size: int) -> list[subprocess.Popen[str]]:
+def start_ranks(argv: Sequence[str], *, world_size: int) -> list[Rank]:
     """Starts one process per rank with torchrun's environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = []
+    ranks = []
     for rank in range(world_size):
         environment = os.environ | {
             "RANK": str(rank),
@@ -78,16 +76,8 @@ def start_ranks(argv: Sequence[str], *, world_size: int) -> list[subprocess.Pope
             "MASTER_PORT": str(port),
             "PYTHONPATH": str(REPOSITORY),
         }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "training.main", *argv],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    return processes
+        ranks.append(Rank(shared_nursery(), argv, environment=environment))
+    return ranks
 
 
 def run_ranks_to_end(argv: Sequence[str], *, world_size: int, timeout_s: float = 120) -> list[Outcome]:

@@ -15,7 +15,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from safetensors.torch import load_file
 
 from tests.end_to_end.conftest import TINY_MODEL, start_ranks
 from tests.factories import write_shards
+from tests.faults.nursery_client import Rank
 from tests.s3.client import Bucket, ObjectServer
 from training.checkpoint.checkpointer import Checkpointer
 from training.data.trace import read_trace
@@ -125,7 +125,7 @@ def _kill_at_random(line: Sequence[str], run: Path, moments: random.Random) -> t
         _kill(processes)
 
 
-def _kill(processes: Sequence[subprocess.Popen[str]]) -> None:
+def _kill(processes: Sequence[Rank]) -> None:
     for process in processes:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)

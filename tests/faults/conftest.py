@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.lab import Lab, Nursery, Record, open_nursery, prepare_data
+from tests.faults.lab import Lab, Record, prepare_data
+from tests.faults.nursery_client import Nursery, shared_nursery
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
-    with open_nursery() as nursery:
-        yield nursery
+def nursery() -> Nursery:
+    return shared_nursery()
 
 
 @pytest.fixture(scope="session")

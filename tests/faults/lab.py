@@ -13,15 +13,13 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.end_to_end.conftest import REPOSITORY
 from tests.factories import write_shards
+from tests.faults.nursery_client import Nursery
 from tests.faults.plan import MARK_VARIABLE, PLAN_VARIABLE, Fault, encode
 from training.checkpoint.checkpointer import Checkpointer, read_step_checkpoint
 from training.data.trace import read_trace
@@ -82,42 +80,6 @@ class Record(NamedTuple):
     """By step, as logged."""
     weights: str
     """sha256 of the newest checkpoint's."""
-
-
-class Nursery:
-    """The other end of ``nursery.py``."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.nursery"],
-            cwd=REPOSITORY,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def start(self, argv: Sequence[str], *, environment: Mapping[str, str], log: Path) -> int:
-        """Process number of a new rank."""
-        return int(self._ask({"argv": list(argv), "environment": dict(environment), "log": str(log)})["pid"])
-
-    def poll(self, pid: int) -> int | None:
-        """Exit code of a rank; None while it runs."""
-        code = self._ask({"poll": pid})["code"]
-        return None if code is None else int(code)
-
-    def close(self) -> None:
-        """Ends it, and with it all ranks that still run."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=20)
-
-    def _ask(self, request: Mapping[str, Any]) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
 
 
 class Job:
@@ -383,13 +345,3 @@ def _free_port() -> int:
             probe.bind(("127.0.0.1", port))
             return port
     raise AssertionError
-
-
-@contextlib.contextmanager
-def open_nursery() -> Iterator[Nursery]:
-    """A nursery, closed at the end."""
-    nursery = Nursery()
-    try:
-        yield nursery
-    finally:
-        nursery.close()

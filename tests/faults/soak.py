@@ -37,10 +37,10 @@ from tests.faults.lab import (
     Record,
     compare,
     events,
-    open_nursery,
     prepare_data,
     shared_memory_of,
 )
+from tests.faults.nursery_client import open_nursery
 from tests.faults.plan import Fault
 from tests.s3.client import Bucket, ObjectServer
 from tests.s3.server import Fault as StorageFault
