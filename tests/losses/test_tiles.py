@@ -49,6 +49,12 @@ def test_no_tensor_is_larger_than_a_tile_or_the_gathered_texts(loss):
     assert largest.elements == max(TILE, ROWS * EMBEDDING) < ROWS * ROWS
 
 
+def test_texts_in_lower_precision_are_raised_by_no_more_than_a_tile_at_a_time():
+    images, texts = torch.ones(2, 32), torch.ones(64, 32, dtype=torch.bfloat16)
+    assert {tile.texts.numel() for tile in tiles(images, texts, first=0, elements=TILE)} == {TILE}
+    assert {tile.texts.dtype for tile in tiles(images, texts, first=0, elements=TILE)} == {torch.float32}
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_what_waits_for_the_backward_pass_grows_with_the_texts_only(loss):
     kept: list[int] = []

@@ -45,7 +45,9 @@ def tiles(images: Tensor, texts: Tensor, *, first: int, elements: int = TILE_ELE
         first: column of the first image's own text; the others follow.
         elements: scores in one tile, at least one column of them.
     """
-    width = max(1, elements // max(1, len(images)))
+    is_raised = texts.dtype != images.dtype
+    # Raised texts of a tile take memory as well: they are to be no more than its scores.
+    width = max(1, elements // max(1, len(images), images.shape[1] if is_raised else 1))
     for start in range(0, len(texts), width):
         some = texts[start : start + width].to(images.dtype)
         yield Tile(slice(start, start + len(some)), some, images @ some.T, first - start)
