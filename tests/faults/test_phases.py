@@ -50,6 +50,17 @@ def test_a_kill_around_the_end_of_a_phase_changes_nothing(
     assert [event["number"] for event in events(lab.run_directory("r"), "phase")] == [1, 2, 3]
 
 
+def test_a_phase_whose_end_cannot_be_saved_ends_the_job(
+    lab: Lab, undisturbed: Callable[..., Record], phases: tuple[str, str]
+) -> None:
+    plan = [*lab.saved("r", 3), Fault("write_share", "fail_with_errno", rank=0, call=1, with_={"name": "ENOSPC"})]
+    ended = lab.run("r", *phases, plan=plan)
+    assert 0 not in ended.codes
+    assert "The next phase cannot begin: step 4 could not be saved" in ended.text
+    lab.finish("r", *phases)
+    compare(undisturbed(*phases), lab.record("r"))
+
+
 def test_every_sample_comes_once_and_position_embeddings_have_the_last_size(lab: Lab, phases: tuple[str, str]) -> None:
     """Also sharded: rank 1 reads the rows that rank 0 has resized."""
     lab.finish("r", *phases, "--fsdp")
