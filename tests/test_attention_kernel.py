@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.factory import create_model
@@ -97,6 +98,18 @@ def test_the_preferred_kernel_comes_before_what_pytorch_prefers():
         assert order[:3] == [int(KERNELS[name]) for name in ("cudnn", "flash", "math")]
         assert not torch.backends.cuda.mem_efficient_sdp_enabled()
         assert kernels_that_ran(torch.randn(1, 2, 9, 16)) == {"flash"}
+
+
+def test_a_program_of_another_choice_is_not_taken_from_torchs_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = []
+    for order in ((), ("flash",), ("flash",), ()):
+        torch._dynamo.reset()  # as a process that is started
+        counters.clear()
+        with enabled(order), torch.no_grad():
+            torch.compile(F.scaled_dot_product_attention)(*(torch.ones(1, 2, 9, 16) for _ in range(3)))
+        found.append(counters["aot_autograd"]["autograd_cache_hit"])
+    assert found == [0, 0, 1, 1]
 
 
 def test_auto_asks_nobody_and_changes_nothing():

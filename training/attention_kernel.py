@@ -99,11 +99,29 @@ def attention_kernel(
     return enabled(choice.order)
 
 
-def enabled(order: Sequence[str]) -> AbstractContextManager[object]:
+@contextmanager
+def enabled(order: Sequence[str]) -> Iterator[None]:
     """Only these kernels, in this order of preference, in the whole process; no names change nothing."""
     if not order:
-        return nullcontext()
-    return sdpa_kernel([KERNELS[name] for name in order], set_priority=True)
+        yield
+        return
+    with sdpa_kernel([KERNELS[name] for name in order], set_priority=True), _programs_of(order):
+        yield
+
+
+@contextmanager
+def _programs_of(order: Sequence[str]) -> Iterator[None]:
+    """Programs compiled here are not those of other kernels, which torch's cache on disk would take for the same."""
+    config: Any = torch.compiler.config
+    if not hasattr(config, "cache_key_tag"):
+        yield
+        return
+    before = config.cache_key_tag
+    config.cache_key_tag = f"{before} attention={','.join(order)}".strip()
+    try:
+        yield
+    finally:
+        config.cache_key_tag = before
 
 
 def choose(wish: str, calls: Sequence[AttentionCall], *, device: torch.device) -> Choice:
