@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
 
-from benchmarks.batches import caption_lengths
 from models.packing import PackedTexts, pack_texts
 from tests.distributed.launch import current_runtime, run_ranks
 from tests.models.test_packing import captions
@@ -111,19 +109,6 @@ def test_sharded_blocks_take_packed_texts(of_ranks: Any) -> None:
     for *_, found in of_ranks:
         assert sum("transformer.resblocks" in name for name in found) >= 36
         torch.testing.assert_close(found, {name: expected[name] for name in found}, atol=1e-5, rtol=1e-5)
-
-
-def test_random_batches_share_one_program_per_kind_of_block() -> None:
-    torch._dynamo.reset()
-    counters.clear()
-    model = tiny_model({"layers": 2}, {"layers": 2, "context_length": 77}).train()
-    parallelize(model, config=EngineConfig(device="cpu", **COMPILED), runtime=ONE)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(50):
-        lengths = caption_lengths(24, context_length=77, generator=generator).tolist()
-        model(tiny_images(24), pack_texts(captions(lengths, context=77))).text_features.sum().backward()
-    assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] == 4  # two towers, the last block of each
 
 
 def test_telemetry_measures_the_first_captions_of_a_packed_batch() -> None:
