@@ -71,7 +71,7 @@ def pack_texts(texts: Tensor, *, eos_id: int | None = None, multiple: int | None
     context_length = ids.shape[1]
     # As the towers pool: the first of several, and the first token if there is none.
     lengths = (ids if eos_id is None else ids == eos_id).argmax(axis=1).astype(np.int64) + 1  # [B]
-    fillers = _fillers(int(lengths.sum()), context_length, multiple or _multiple(*ids.shape))
+    fillers = _fillers(int(lengths.sum()), context_length, multiple or token_multiple(*ids.shape))
     real = ids[np.arange(context_length) < lengths[:, None]]  # row after row: [B, L] -> [sum of lengths]
     tokens = np.concatenate([real, np.zeros(fillers.sum(), dtype=np.int64)])  # [T]
     packing, positions = _lay_out(np.concatenate([lengths, fillers]), context_length)
@@ -84,8 +84,8 @@ def pack_texts(texts: Tensor, *, eos_id: int | None = None, multiple: int | None
     )
 
 
-def _multiple(batch: int, context_length: int) -> int:
-    """The power of two next to a 256th of the padded size: a batch of 896 captions of 77 comes in multiples of 256."""
+def token_multiple(batch: int, context_length: int) -> int:
+    """The power of two next to a 256th of the padded size: 896 captions of 77 come in multiples of 256."""
     return 1 << max(0, min(_SIZES, batch * context_length // _SIZES).bit_length() - 1)
 
 

@@ -15,11 +15,12 @@ from models.clip import Clip
 from models.config import parse_model_config
 from models.factory import build_model
 from models.packing import pack_texts
+from training import fp8
 from training.config import EngineConfig
 from training.data.batch import DeviceBatch
 from training.distributed.parallelize import parallelize
 from training.distributed.runtime import Runtime
-from training.fp8 import RECIPES, check_fp8, convert_blocks, is_aligned, refusal, use_fp8
+from training.fp8 import RECIPES, check_fp8, convert_blocks, padded_blocks, refusal, use_fp8
 
 pytest.importorskip("torchao")
 
@@ -125,7 +126,7 @@ def test_checkpointed_and_compiled_blocks_compute_the_same(compiled):
 
 def test_rows_that_are_no_multiple_of_16_are_padded_without_changing_anything():
     padded, model = tiny(), tiny()
-    convert_blocks(blocks_of(padded), "tensorwise", pads=True, emulated=True)
+    convert_blocks(blocks_of(padded), "tensorwise", padded=range(4), emulated=True)
     convert_blocks(blocks_of(model), "tensorwise", emulated=True)
     for each in (padded, model):
         features(each)[:, 0].sum().backward()
@@ -135,10 +136,30 @@ def test_rows_that_are_no_multiple_of_16_are_padded_without_changing_anything():
             torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_batches_of_a_multiple_of_16_need_no_padding():
-    assert is_aligned(batch_size=64, tokens=77)
-    assert not is_aligned(batch_size=72, tokens=77)
-    assert not is_aligned(batch_size=16, tokens=77)  # packed texts come in multiples of 4
+@pytest.mark.parametrize(("size", "length"), [(64, 77), (64, 16), (256, 16), (896, 16), (72, 77)])
+def test_the_rows_of_layers_without_padding_are_a_multiple_of_16(size, length):
+    model = tiny(text={"context_length": 77})
+    blocks = blocks_of(model)
+    convert_blocks(blocks, "rowwise", padded=padded_blocks(4, batch_size=size, text_length=length), emulated=True)
+    rows: list[tuple[int, bool]] = []
+    for block in blocks:
+        for layer in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
+            layer.register_forward_pre_hook(
+                lambda layer, inputs: rows.append((inputs[0][..., 0].numel(), layer.config.pad_inner_dim))
+            )
+    texts = torch.zeros(size, length, dtype=torch.int64)
+    texts[torch.arange(size), torch.arange(size) % (length - 1) + 1] = 49
+    with torch.no_grad():
+        model(torch.randn(size, 3, 16, 16), pack_texts(texts))
+    assert len(rows) == 12
+    assert [count for count, pads in rows if count % 16 and not pads] == []
+    assert any(count % 16 for count, _ in rows)  # captions with their fillers
+
+
+def test_the_last_text_block_has_a_row_for_every_filler_and_is_padded_alone():
+    assert list(padded_blocks(24, batch_size=64, text_length=77)) == [23]
+    assert len(padded_blocks(24, batch_size=72, text_length=77)) == 24
+    assert len(padded_blocks(24, batch_size=64, text_length=16)) == 24  # packed texts come in multiples of 4
 
 
 @pytest.mark.parametrize(
@@ -165,10 +186,21 @@ def test_ada_and_later_with_torchao_are_fine():
 def test_a_cpu_is_refused_before_anything_is_converted():
     model = tiny()
     with pytest.raises(ValueError, match="--fp8 rowwise needs a GPU .* or leave the flag out"):
-        use_fp8(blocks_of(model), "rowwise", device=CPU, batch_size=64, tokens=77)
+        use_fp8(blocks_of(model), "rowwise", device=CPU, batch_size=64, text_length=77, will_be_compiled=True)
     assert type(model.image_blocks[0].mlp.c_fc) is nn.Linear
     with pytest.raises(ValueError, match="the device is cpu"):
         check_fp8("tensorwise", device=CPU)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_makes_fp8_slow_is_a_warning(monkeypatch, caplog, compiled):
+    monkeypatch.setattr(fp8, "check_fp8", lambda *_, **__: None)
+    sizes = {"batch_size": 64, "text_length": 77} if compiled else {"batch_size": 72, "text_length": 77}
+    use_fp8(blocks_of(tiny()), "rowwise", device=CPU, **sizes, will_be_compiled=compiled)
+    found = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(found) == (0 if compiled else 2)
+    assert compiled or "Pass --torchcompile" in found[0]
+    assert compiled or "or 72 is no multiple of 16: products are padded" in found[1]
 
 
 def test_the_convergence_run_trains_every_arm_and_draws_it(tmp_path):

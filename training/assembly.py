@@ -28,6 +28,7 @@ from training.data.loader import TrainLoader
 from training.data.meter import DataMeter
 from training.data.prefetch import load_to_device, pin
 from training.distributed.collectives import all_reduce_sum, gather_objects
+from training.distributed.compilation import compiler_problem
 from training.distributed.memory_format import image_memory_format
 from training.distributed.mesh import is_sharded
 from training.distributed.parallelize import parallelize, tower_blocks
@@ -64,7 +65,12 @@ class TrainedModel(NamedTuple):
 
 
 def build_trained_model(
-    config: Config, *, runtime: Runtime, precision: Precision, reads_weights: bool = True
+    config: Config,
+    *,
+    runtime: Runtime,
+    precision: Precision,
+    reads_weights: bool = True,
+    text_length: int | None = None,
 ) -> TrainedModel:
     """The model as it trains, on its device. Collective: all ranks.
 
@@ -73,6 +79,7 @@ def build_trained_model(
 
     Args:
         reads_weights: False for a model that gets them from elsewhere.
+        text_length: tokens that captions are cut at; None: the context length.
     """
     is_split = is_sharded(config.engine, world_size=runtime.world_size)
     whole = build_model(config, reads_weights=reads_weights) if runtime.is_main or not is_split else None
@@ -85,7 +92,8 @@ def build_trained_model(
             config.engine.fp8,
             device=runtime.device,
             batch_size=config.data.batch_size,
-            tokens=built.config.text_cfg.context_length,
+            text_length=text_length or built.config.text_cfg.context_length,
+            will_be_compiled=config.engine.torchcompile and compiler_problem(runtime.device.type) is None,
         )
     wrapped = parallelize(
         built.model if is_split else built.model.to(runtime.device),

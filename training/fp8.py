@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.packing import token_multiple
+
 logger = logging.getLogger(__name__)
 
 RECIPES = ("tensorwise", "rowwise")
@@ -67,24 +69,29 @@ def refusal(device_type: str, capability: tuple[int, int] | None, *, name: str =
     return None
 
 
-def is_aligned(*, batch_size: int, tokens: int) -> bool:
-    """Whether the products over a micro-batch need no padding: rows of all sequences are a multiple of 16.
+def padded_blocks(count: int, *, batch_size: int, text_length: int) -> range:
+    """Numbers of the blocks whose products need padding, of ``count``, the text tower's behind the image tower's.
+
+    The rows of a product are those of all sequences together, and have to be a multiple of 16. The last block computes
+    one for each caption, and packed captions have a few fillers with them: those rows are no multiple in any case.
 
     Args:
-        tokens: of the longest text; packed texts come in multiples of a 256th of batch_size * tokens.
+        batch_size: of a micro-batch.
+        text_length: tokens that captions are padded or cut to.
     """
-    return batch_size % _MULTIPLE == 0 and batch_size * tokens // 256 >= _MULTIPLE
+    is_aligned = batch_size % _MULTIPLE == 0 and token_multiple(batch_size, text_length) % _MULTIPLE == 0
+    return range(count - 1 if is_aligned else 0, count)
 
 
 def convert_blocks(
-    blocks: Sequence[nn.Module], recipe: str, *, pads: bool = False, emulated: bool = False
+    blocks: Sequence[nn.Module], recipe: str, *, padded: Container[int] = (), emulated: bool = False
 ) -> Conversion:
     """Replaces the linear layers inside blocks, in place; parameters and their names stay.
 
     Call it before the blocks are checkpointed or compiled.
 
     Args:
-        pads: rows of products are padded to a multiple of 16: for batches that are none, at the price of copies.
+        padded: numbers of blocks whose rows are padded to a multiple of 16, at the price of copies.
         emulated: round to fp8 and multiply in fp32, on any device: to study numbers, not for speed.
 
     Raises:
@@ -92,13 +99,14 @@ def convert_blocks(
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    settings = replace(Float8LinearConfig.from_recipe_name(recipe), pad_inner_dim=pads, emulate=emulated)
+    plain = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulated)
     converted: list[str] = []
     left: list[str] = []
     for number, block in enumerate(blocks):
         fitting = fitting_layers(block)
         left += [f"{number}.{name}" for name in _linear_layers(block) if name not in fitting]
         converted += [f"{number}.{name}" for name in fitting]
+        settings = replace(plain, pad_inner_dim=number in padded)
         convert_to_float8_training(block, config=settings, module_filter_fn=partial(_is_named, fitting))
         for name in fitting:
             linear: Any = block.get_submodule(name)
@@ -116,21 +124,34 @@ def convert_blocks(
 
 
 def use_fp8(
-    blocks: Sequence[nn.Module], recipe: str, *, device: torch.device, batch_size: int, tokens: int
+    blocks: Sequence[nn.Module],
+    recipe: str,
+    *,
+    device: torch.device,
+    batch_size: int,
+    text_length: int,
+    will_be_compiled: bool,
 ) -> Conversion:
-    """What ``--fp8`` means for a model, on a device that can.
+    """What ``--fp8`` means for a model, on a device that can; ``batch_size`` and ``text_length`` as ``padded_blocks``.
 
     Raises:
         ValueError: the device cannot, torchao is missing, or no layer of the model can be converted.
     """
     check_fp8(recipe, device=device)
-    pads = not is_aligned(batch_size=batch_size, tokens=tokens)
-    if pads:
+    if not will_be_compiled:
         logger.warning(
-            "fp8: --batch-size %d is small, or no multiple of %d: products are padded, and slower than they could be.",
-            *(batch_size, _MULTIPLE),
+            "--fp8 %s without compilation: scales and casts run one by one and take longer than fp8 saves. Pass "
+            "--torchcompile.",
+            recipe,
         )
-    return convert_blocks(blocks, recipe, pads=pads)
+    padded = padded_blocks(len(blocks), batch_size=batch_size, text_length=text_length)
+    if len(padded) > 1:
+        logger.warning(
+            "fp8: batches of %d captions of %d tokens are small, or %d is no multiple of %d: products are padded, and "
+            "slower than they could be.",
+            *(batch_size, text_length, batch_size, _MULTIPLE),
+        )
+    return convert_blocks(blocks, recipe, padded=padded)
 
 
 def fitting_layers(block: nn.Module) -> dict[str, nn.Linear]:

@@ -201,7 +201,9 @@ def build_stage(run: Run, phases: Phases, phase: Phase, *, precision: Precision,
     run, config = replace(run, config=phase.config), phase.config
     # As in OpenCLIP: one seed for the weights on all ranks, then one per rank for what each of them draws.
     seed_all(config.engine.seed)
-    trained = build_trained_model(config, runtime=runtime, precision=precision, reads_weights=reads_weights)
+    trained = build_trained_model(
+        config, runtime=runtime, precision=precision, reads_weights=reads_weights, text_length=phase.text_length
+    )
     built = trained.built
     seed_all(config.engine.seed + runtime.rank)
     evaluators = build_evaluations(run, built)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.end_to_end.conftest import Outcome
 from tests.end_to_end.host_waits import HostWaits, watch_steps
+from training import assembly
 
 FLAGS = (
     "--precision fp32 --device cpu --dataset-type synthetic --train-num-samples 24 --batch-size 4 --workers 0 "
@@ -37,6 +40,22 @@ def test_fp8_on_a_cpu_is_refused_in_one_line(run_here: Run, tiny_model: str) -> 
     assert refused.code != 0
     assert "--fp8 rowwise needs a GPU with fp8 products, and the device is cpu" in refused.text
     assert "Traceback" not in refused.text
+
+
+def test_fp8_is_told_how_long_the_captions_of_a_phase_are(
+    run_here: Run, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, int, bool]] = []
+
+    def note(blocks: object, recipe: str, *, batch_size: int, text_length: int, **others: Any) -> None:
+        told.append((batch_size, text_length, others["will_be_compiled"]))
+
+    monkeypatch.setattr(assembly, "use_fp8", note)
+    (tmp_path / "phases.yaml").write_text("- {until_samples: 8, text_length: 6}\n- {batch_size: 2}\n")
+    flags = ["--precision", "amp_bf16", "--fp8", "rowwise", "--phases", str(tmp_path / "phases.yaml")]
+    done = run_here([*COMMON, "--model", tiny_model, *flags, "--logs", str(tmp_path / "logs")])
+    assert done.code == 0, done.text
+    assert told == [(4, 6, False), (2, 16, False)]
 
 
 def test_a_run_collects_garbage_after_every_nth_step_and_not_in_between(run_here: Run, tiny_model: str) -> None:
