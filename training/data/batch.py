@@ -63,6 +63,11 @@ class BatchRecord:
     undecodable: Sequence[tuple[int, int]] = ()
     """(slot, raw index) of samples whose images only the device found to be broken."""
 
+    @property
+    def shows_nothing(self) -> bool:
+        """Whether that befell all samples."""
+        return 0 < len(self.samples) == len(self.undecodable)
+
 
 class Batch(NamedTuple):
     """What the loader yields. The tensors may be its own memory: good until the next batch is asked for."""
@@ -120,10 +125,8 @@ def _decode(batch: Batch, encoded: EncodedRows, device: torch.device) -> tuple[T
     """(images on the device, batch without the samples that cannot be decoded).
 
     Such a sample's place is taken by another of the batch: where the stream stands was settled when its header and
-    its end looked whole. It counts as skipped.
-
-    Raises:
-        ValueError: none of the batch can be decoded.
+    its end looked whole. It counts as skipped. In a batch without a single whole image nothing is put in its place:
+    ``load_to_device`` does that, with the batch that follows.
     """
     start = perf_counter_ns()
     images, refused, broken = decode_rows(batch.images, encoded, device=device)
@@ -132,15 +135,16 @@ def _decode(batch: Batch, encoded: EncodedRows, device: torch.device) -> tuple[T
     record = replace(batch.record, counts=batch.record.counts + counts)
     if not broken:
         return images, batch._replace(record=record)
+    lost = [(slot, index) for slot, index, _ in record.samples[broken].tolist()]
+    record = replace(record, undecodable=lost)
     whole = [row for row in range(len(images)) if row not in broken]
     if not whole:
-        raise ValueError(f"None of {len(broken)} images of a batch can be decoded: `clipyard data inspect` shows why.")
+        return images, batch._replace(record=record)
     others = [whole[place % len(whole)] for place in range(len(broken))]
     images[broken] = images[others]
     texts, samples = batch.texts.clone(), record.samples.clone()
     texts[broken], samples[broken] = texts[others], samples[others]
-    lost = [(slot, index) for slot, index, _ in record.samples[broken].tolist()]
-    return images, batch._replace(texts=texts, record=replace(record, samples=samples, undecodable=lost))
+    return images, batch._replace(texts=texts, record=replace(record, samples=samples))
 
 
 def normalize(

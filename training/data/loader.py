@@ -107,6 +107,7 @@ class TrainLoader:
         self._pin = pin
         self._file_room = file_room
         self._told_host_share = not file_room
+        self._before_start: Counter[str] = Counter()
         self._cursor = 0
         self._emitted = 0
         self._positions = [deal.start(lane, 0) for lane in self.lanes]
@@ -218,8 +219,8 @@ class TrainLoader:
         for slot, index in batch.undecodable:
             shard = self.source.shard_name(slot)
             self.bad_shards[shard] += 1
-            logger.warning("Sample %d of %s cannot be decoded: another of its batch was shown twice.", index, shard)
-        if not self._told_host_share and self.totals["read"] >= _SAMPLES_OF_THE_SHARE:
+            logger.warning("Sample %d of %s cannot be decoded: another was shown twice.", index, shard)
+        if not self._told_host_share:
             self._tell_host_share()
         for fault in batch.faults:
             lost = 0 if fault.reason == SHARD_EMPTY else self._probably_lost(fault.samples_before)
@@ -229,12 +230,15 @@ class TrainLoader:
             logger.warning("About %d samples of %s are left out: %s", lost, fault.shard, fault.detail)
 
     def _tell_host_share(self) -> None:
-        """Once: a data set that the device can do little for is loaded faster without it."""
+        """Once in a start: a data set that the device can do little for is loaded faster without it."""
+        counts = self.totals - self._before_start
+        if counts["read"] < _SAMPLES_OF_THE_SHARE:
+            return
         self._told_host_share = True
         prefix = "decoded_on_host/"
-        reasons = {name.removeprefix(prefix): n for name, n in self.totals.items() if name.startswith(prefix) and n}
+        reasons = {name.removeprefix(prefix): n for name, n in counts.items() if name.startswith(prefix)}
         if self._rank == 0:
-            share = 100 * sum(reasons.values()) / self.totals["read"]
+            share = 100 * sum(reasons.values()) / counts["read"]
             logger.info("--decode gpu: %.1f %% of the images so far were decoded on the host: %s.", share, reasons)
 
     def _probably_lost(self, samples_before: int) -> int:
@@ -278,6 +282,7 @@ class TrainLoader:
                 self._continue(saved)
         if self._rank == 0:
             self.totals, self.bad_shards = Counter(saved.totals), Counter(saved.bad_shards)
+            self._before_start = Counter(saved.totals)
 
     def _lanes_and_block(self, saved: StreamPosition) -> tuple[int, int]:
         lanes = self._requested_lanes or saved.deal.num_lanes

@@ -1,6 +1,6 @@
 """Brings batches to the device ahead of the step that needs them.
 
-    loader (shared memory, pinned) --side stream: copy, normalise--> DeviceBatch --queue of one--> step (main stream)
+loader (shared memory, pinned) --side stream: copy, normalise--> DeviceBatch --queue of one--> step (main stream)
 """
 
 from __future__ import annotations
@@ -8,22 +8,32 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from training.data.batch import Batch, DeviceBatch
+from training.data.batch import Batch, BatchRecord, DeviceBatch
 
 _POLL_S = 0.2
+_MOST_UNDECODABLE = 1000
+"""Samples in a row."""
 
 
 def load_to_device(
     batches: Iterator[Batch], *, to_device: Callable[[Batch], DeviceBatch], device: torch.device
 ) -> Iterator[DeviceBatch]:
-    """The batches on the device, in order; on CUDA one is copied while the step works on the one before."""
+    """The batches on the device, in order; on CUDA one is copied while the step works on the one before.
+
+    A batch of which no image can be decoded shows the samples of the next one, which is shown again in its turn: what
+    a run sees depends on the data alone, also after a resume.
+
+    Raises:
+        ValueError: there is no next one within a thousand samples.
+    """
     if device.type != "cuda":
-        return map(to_device, batches)
+        return _filled(map(to_device, batches))
     return _prefetch(batches, to_device=to_device, device=device)
 
 
@@ -81,11 +91,9 @@ def _copy_batches(
     try:
         stream = torch.cuda.Stream(device)
         with torch.cuda.device(device), torch.cuda.stream(stream):
-            for batch in batches:
-                on_device = to_device(batch)
+            for on_device in _filled(_copied(batches, to_device, stream)):
                 copied = torch.cuda.Event()
                 copied.record(stream)
-                copied.synchronize()  # of this thread only: the loader may write to the batch's memory from here on
                 if not _put(ready, (on_device, copied), stopped):
                     return
     except BaseException as error:
@@ -94,6 +102,32 @@ def _copy_batches(
         close = getattr(batches, "close", None)
         if close is not None:
             close()
+
+
+def _copied(
+    batches: Iterator[Batch], to_device: Callable[[Batch], DeviceBatch], stream: torch.cuda.Stream
+) -> Iterator[DeviceBatch]:
+    for batch in batches:
+        on_device = to_device(batch)
+        stream.synchronize()  # by this thread only: the loader may write to the batch's memory from here on
+        yield on_device
+
+
+def _filled(batches: Iterator[DeviceBatch]) -> Iterator[DeviceBatch]:
+    """The batches, the next one in place of one that shows nothing."""
+    empty: list[BatchRecord] = []
+    for batch in batches:
+        if batch.record is not None and batch.record.shows_nothing:
+            empty.append(batch.record)
+            lost = sum(len(record.samples) for record in empty)
+            if lost >= _MOST_UNDECODABLE:
+                raise ValueError(f"{lost} images in a row cannot be decoded: `clipyard data inspect` shows why.")
+            continue
+        for record in empty:
+            assert batch.record is not None
+            yield batch._replace(record=replace(record, samples=batch.record.samples))
+        empty.clear()
+        yield batch
 
 
 def tensors_of(value: object) -> Iterator[Tensor]:
