@@ -24,6 +24,7 @@ from training.config import Config, ModelConfig, ScheduleConfig
 from training.data.accounting import FEWEST_SLOTS, BadSampleBudget
 from training.data.batch import Batch, DeviceBatch, to_device
 from training.data.build import build_train_loader
+from training.data.device_decode import check_decoder
 from training.data.loader import TrainLoader
 from training.data.meter import DataMeter
 from training.data.prefetch import load_to_device, pin
@@ -197,6 +198,8 @@ def build_loader(run: Run, built: BuiltModel, *, epoch_batch: int | None = None)
         epoch_batch: samples per rank and micro-step that an epoch is divided into; None: those of the settings.
     """
     config, runtime = run.config, run.runtime
+    if config.data.decode == "gpu":
+        check_decoder(runtime.device)
     loader = build_train_loader(
         config.data,
         config.image,

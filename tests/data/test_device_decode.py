@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ from models.config import PreprocessConfig
 from tests.data.images import encode, psnr, render
 from tests.factories import character_tokens, token_texts, write_tar
 from training.config import DataConfig, ImageConfig
-from training.data import device_decode, loader
+from training.data import device_decode, loader, prefetch
 from training.data.accounting import data_metrics, from_vector, skipped, to_vector
 from training.data.batch import DeviceBatch, to_device
 from training.data.build import build_train_loader
@@ -32,6 +33,8 @@ from training.data.encoded_image import DecodedOnHost, EncodedImage, file_room
 from training.data.image_file import decode_image
 from training.data.jpeg import JpegSize
 from training.data.loader import TrainLoader
+from training.data.position import StreamPosition
+from training.data.prefetch import load_to_device
 from training.data.ring import RingLayout
 from training.data.transforms import build_train_transform
 
@@ -139,13 +142,64 @@ def test_a_device_that_refuses_everything_ends_the_run() -> None:
         decode_on(CPU, [_png(seed) for seed in range(8)], SIZE)
 
 
+def _failing(monkeypatch: pytest.MonkeyPatch, *texts: str) -> list[int]:
+    """The decoder fails with these texts, one after another, and then works; returns how many files it was given."""
+    decode, left, given = device_decode._decode_jpegs, list(texts), list[int]()
+
+    def fail(files: list[Tensor], device: torch.device) -> list[Tensor]:
+        given.append(len(files))
+        if left:
+            raise RuntimeError(left.pop(0))
+        return decode(files, device)
+
+    monkeypatch.setattr(device_decode, "_decode_jpegs", fail)
+    return given
+
+
+OUT_OF_MEMORY = "Error while decoding JPEG images: CUDA out of memory. Tried to allocate 96.00 MiB."
+NO_BUFFER = "Error while decoding JPEG images: Failed to initialize batch decoding: 5\nException raised from"
+
+
+@pytest.mark.parametrize("text", [OUT_OF_MEMORY, NO_BUFFER])
+def test_a_device_without_memory_is_asked_again_and_then_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    encoded = [transform_of().encode(encode(render(80, 60)), seed=seed) for seed in range(4)]
+    whole = decode_on(CPU, encoded, SIZE).images
+    given = _failing(monkeypatch, text)
+    again = decode_on(CPU, encoded, SIZE)
+    assert given == [4, 4]
+    assert torch.equal(again.images, whole)
+    assert again.refused == 0
+    _failing(monkeypatch, text, text)
+    with pytest.raises(RuntimeError, match="cpu has no memory left to decode 4 JPEGs .*lower --batch-size"):
+        decode_on(CPU, encoded, SIZE)
+
+
+def test_after_a_refusal_the_decoder_is_called_for_what_it_may_still_do_and_one_line_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    device_decode._tell_refusal.cache_clear()
+    encoded = [transform_of().encode(encode(render(80, 60)), seed=seed) for seed in range(2)]
+    given = _failing(monkeypatch)
+    mixed = decode_on(CPU, [_png(0), *encoded, _png(1)], SIZE)
+    assert mixed.refused == 2
+    assert given == [4, 1, 2, 1, 1, 1, 1, 2, 1, 1, 1, 1]  # after each failure one, of the known file
+    (line,) = [record.message for record in caplog.records if "refuses" in record.message]
+    assert "train/data/decoded_on_host/refused counts them" in line
+
+
 def test_a_decoder_that_is_not_there_or_decodes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match="JPEGs cannot be decoded on cuda:99 .*torchvision built with nvJPEG"):
+    with pytest.raises(ValueError, match="JPEGs cannot be decoded on cuda:99 .*torchvision built with nvJPEG"):
         check_decoder(torch.device("cuda", 99))
     check_decoder.cache_clear()
+    with monkeypatch.context() as patched:
+        _failing(patched, OUT_OF_MEMORY)
+        with pytest.raises(ValueError, match="cannot be decoded on cpu .*out of memory.*other processes may hold"):
+            check_decoder(CPU)
     decode = device_decode._decode_jpegs
     monkeypatch.setattr(device_decode, "_decode_jpegs", lambda *args: [image // 2 for image in decode(*args)])
-    with pytest.raises(RuntimeError, match="cpu decodes a known JPEG to other pixels, 6[0-9].. levels away"):
+    with pytest.raises(ValueError, match="cpu decodes a known JPEG to other pixels, 6[0-9].. levels away"):
         check_decoder(CPU)
 
 
@@ -184,9 +238,11 @@ def _loader(data: Path, *, decode: str = "gpu", workers: int = 0, **aug: Any) ->
     )
 
 
+_convert = partial(to_device, mean=(0.0,) * 3, std=(1 / 255,) * 3, device=CPU, dtype=torch.float32)
+
+
 def _decoded(train_loader: TrainLoader, count: int) -> list[DeviceBatch]:
-    convert = partial(to_device, mean=(0.0,) * 3, std=(1 / 255,) * 3, device=CPU, dtype=torch.float32)
-    return [convert(batch) for batch in islice(train_loader, count)]
+    return [_convert(batch) for batch in islice(train_loader, count)]
 
 
 def _shard(directory: Path, files: Sequence[bytes]) -> Path:
@@ -244,12 +300,41 @@ def test_a_sample_that_only_decoding_shows_to_be_broken_is_replaced_counted_and_
     assert batch.record.samples[first].tolist() == batch.record.samples[second].tolist()
     assert (skipped(train_loader.totals), train_loader.totals["skipped/broken_image"]) == (1, 1)
     assert train_loader.bad_shards == {str(tmp_path / "0.tar"): 1}
-    assert "0.tar cannot be decoded: another of its batch was shown twice" in caplog.text
+    assert "0.tar cannot be decoded: another was shown twice" in caplog.text
 
 
-def test_a_batch_of_nothing_but_broken_images_ends_the_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="None of 6 images of a batch can be decoded"):
-        _decoded(_loader(_shard(tmp_path, [undecodable_jpeg()] * 6)), 1)
+def test_a_batch_of_nothing_but_broken_images_shows_the_next_one_twice(tmp_path: Path) -> None:
+    files = [encode(render(60, 50, seed=i)) for i in range(24)]
+    whole = _decoded(_loader(_shard(tmp_path, files)), 4)
+    for text in token_texts(whole[1].texts):  # type: ignore[arg-type]
+        files[int(text.split()[1])] = undecodable_jpeg()
+    train_loader = _loader(_shard(tmp_path, files))
+    batches = list(islice(load_to_device(iter(train_loader), to_device=_convert, device=CPU), 4))
+    for batch, expected in zip(batches, (whole[0], whole[2], whole[2], whole[3]), strict=True):
+        assert torch.equal(batch.images, expected.images)
+        assert torch.equal(batch.texts, expected.texts)  # type: ignore[arg-type]
+    records = [batch.record for batch in batches if batch.record is not None]
+    assert torch.equal(records[1].samples, records[2].samples)
+    for record in records[:2]:
+        train_loader.commit(record)
+    assert train_loader.totals["skipped/broken_image"] == 6
+    resumed = _loader(tmp_path / "0.tar")
+    resumed.load_position(train_loader.merge([train_loader.position()]))
+    (next_batch,) = _decoded(resumed, 1)
+    assert torch.equal(next_batch.images, batches[2].images)
+
+
+def test_data_of_nothing_but_broken_images_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "_MOST_UNDECODABLE", 12)
+    train_loader = _loader(_shard(tmp_path, [undecodable_jpeg()] * 6))
+    with pytest.raises(ValueError, match="12 images in a row cannot be decoded: `clipyard data inspect` shows why"):
+        next(load_to_device(iter(train_loader), to_device=_convert, device=CPU))
+
+
+def _position_after_others(train_loader: TrainLoader) -> StreamPosition:
+    """The beginning, after many samples that another start has counted."""
+    earlier = Counter({"read": 1000, "decoded_on_host/recoloured": 1000})
+    return replace(train_loader.merge([train_loader.position()]), totals=earlier)
 
 
 def test_one_line_tells_what_share_the_host_decodes(
@@ -258,6 +343,7 @@ def test_one_line_tells_what_share_the_host_decodes(
     monkeypatch.setattr(loader, "_SAMPLES_OF_THE_SHARE", 20)
     train_loader = _loader(mixed)
     with caplog.at_level(logging.INFO):
+        train_loader.load_position(_position_after_others(train_loader))
         for batch in _decoded(train_loader, 6):
             assert batch.record is not None
             train_loader.commit(batch.record)

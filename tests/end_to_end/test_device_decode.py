@@ -17,7 +17,9 @@ from tests.end_to_end.conftest import Outcome, start_ranks
 from tests.factories import write_tar
 from training.checkpoint.checkpointer import Checkpointer
 from training.commands.data_trace import trace_step
+from training.data import device_decode
 from training.data.trace import read_trace
+from training.resilience.exit_codes import BAD_USAGE
 
 Run = Callable[[Sequence[str]], Outcome]
 
@@ -62,9 +64,24 @@ def test_a_killed_run_ends_with_the_samples_and_weights_of_an_uninterrupted_one(
         assert outcome.code == 0, outcome.text
         texts.append(outcome.text)
     assert "Resumed from" in texts[1]
-    assert f"of {shard} cannot be decoded: another of its batch was shown twice" in texts[0]
+    assert f"of {shard} cannot be decoded: another was shown twice" in texts[0]
     traces = [read_trace(run / "trace")[0] for run in runs]
     assert traces[0].tolist() == traces[1].tolist()
     weights = [load_file(Checkpointer(run / "checkpoints").newest() / "model.safetensors") for run in runs]  # type: ignore[operator]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert len(trace_step(runs[1], 3)) == 4
+
+
+def test_a_decoder_that_is_not_there_ends_the_run_before_its_first_step_in_one_line(
+    run_here: Run, tmp_path: Path, tiny_model: str, shard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support")
+
+    device_decode.check_decoder.cache_clear()
+    monkeypatch.setattr(device_decode, "_decode_jpegs", fail)
+    outcome = run_here(_line(tmp_path, tiny_model, "run"))
+    assert outcome.code == BAD_USAGE, outcome.text
+    assert "--decode gpu: JPEGs cannot be decoded on cpu (decode_jpegs_cuda: torchvision not" in outcome.text
+    assert "or pass --decode fast." in outcome.text
+    assert "Traceback" not in outcome.text

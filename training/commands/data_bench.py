@@ -23,8 +23,9 @@ from training.cli import parse_args
 from training.config import Config
 from training.data.batch import BatchRecord, to_device
 from training.data.build import build_train_loader
+from training.data.device_decode import check_decoder
 from training.data.loader import TrainLoader
-from training.data.prefetch import load_to_device
+from training.data.prefetch import load_to_device, pin
 
 _STAGES = ("read", "decode", "tokenize")
 _ENDLESS = 1 << 40  # samples per epoch
@@ -58,12 +59,14 @@ def main(argv: Sequence[str]) -> int:
     arguments, training_flags = build_parser().parse_known_args(argv)
     try:
         config = parse_args(_flags(arguments, training_flags))
-        loader = _build_loader(config)
+        device = _decoding_device(config)
+        if device is not None:
+            check_decoder(device)
+        loader = _build_loader(config, device)
         loader.check_first_sample()
     except (ValueError, RuntimeError) as error:
         sys.stderr.write(f"clipyard data bench: {error}\n")
         return 1
-    device = _decoding_device(config)
     measured = measure(_records(loader, device), batch_size=loader.batch_size, seconds=arguments.seconds)
     sys.stdout.write("\n".join(report(measured, workers=config.data.workers)) + "\n")
     return 0
@@ -78,7 +81,7 @@ def _flags(arguments: argparse.Namespace, training_flags: Sequence[str]) -> list
     ]
 
 
-def _build_loader(config: Config) -> TrainLoader:
+def _build_loader(config: Config, device: torch.device | None) -> TrainLoader:
     model = load_model_config(config.model.model)
     size = config.model.force_image_size or model.vision_cfg.image_size
     return build_train_loader(
@@ -90,6 +93,7 @@ def _build_loader(config: Config) -> TrainLoader:
         world_size=1,
         accum_freq=1,
         seed=config.engine.seed,
+        pin=pin if device is not None and device.type == "cuda" else None,
     )
 
 

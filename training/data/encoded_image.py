@@ -11,6 +11,7 @@ Legend: B rank batch, H and W the model's image size.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -70,13 +71,13 @@ class EncodedRows(NamedTuple):
         """Marks a row as one of pixels."""
         self.crops.numpy()[row, 0] = 0
 
-    def take(self, row: int) -> tuple[Tensor, EncodedCrop] | None:
-        """(file uint8 [n], what is to be seen of it) of a row; None if it holds pixels."""
-        length, height, width, *box, interpolation = self.crops[row].tolist()
-        if not length:
-            return None
-        crop = EncodedCrop(JpegSize(height, width), CropBox(*box), _INTERPOLATIONS[interpolation])
-        return self.files[row, :length], crop
+    def take(self) -> Iterator[tuple[Tensor, EncodedCrop] | None]:
+        """(file uint8 [n], what is to be seen of it) of every row; None for those that hold pixels."""
+        for file, (length, height, width, *box, interpolation) in zip(self.files, self.crops.tolist(), strict=True):
+            if not length:
+                yield None
+                continue
+            yield file[:length], EncodedCrop(JpegSize(height, width), CropBox(*box), _INTERPOLATIONS[interpolation])
 
 
 def file_room(size: tuple[int, int]) -> int:
