@@ -16,13 +16,14 @@ from training.checkpoint.parts import choose_writers
 from training.config import Config
 from training.data.epoch import check_epoch, choose_block, epoch_length, lanes_of
 from training.phases import Phases
+from training.validation import check_reduce_dtype
 
 _GIB = 2**30
 _LANE_BYTES = 20
 _FRAMEWORK_GIB = 2.0
 """Context of CUDA, libraries and NCCL's buffers on one GPU."""
-_TEXT_BYTES = 8
-"""Per number of the gathered text features: fp32, and its gradient."""
+_TEXT_BYTES = {"fp32": 8, "bf16": 6}
+"""Per number of the gathered text features, by --gather-dtype: the number, and its gradient in fp32."""
 _NORMALISER_BYTES = 16
 """Per text of the global batch: what the softmax over all images is made of."""
 _TILES = 4
@@ -219,9 +220,11 @@ def make_plan(
         first_step: that the run goes on from.
 
     Raises:
-        ValueError: ranks, batches, lanes or the time limit do not fit, or the state of the model does not fit a GPU.
+        ValueError: ranks, batches, lanes or the time limit do not fit, the state of the model does not fit a GPU, or
+            gradients cannot be summed as asked.
     """
     check_shards(config, shape.world_size)
+    check_reduce_dtype(config.engine, world_size=shape.world_size)
     steps = plan_steps(config, data, world_size=shape.world_size) if data is not None else None
     facts = model.facts
     phase_remarks: list[str] = []
@@ -362,8 +365,10 @@ def plan_memory(config: Config, facts: ModelFacts, steps: Steps, *, world_size: 
             per_weight * trained / shards,
             2 * per_weight * trained / shards,
         )
-    image = facts.image_checkpointed_mb if config.engine.grad_checkpointing else facts.image_mb
-    text = facts.text_checkpointed_mb if config.engine.grad_checkpointing else facts.text_mb
+    # What the policy "selective" keeps is not counted beforehand: less than all, more than "full".
+    full = config.engine.grad_checkpointing and not _is_selective(config)
+    image = facts.image_checkpointed_mb if full else facts.image_mb
+    text = facts.text_checkpointed_mb if full else facts.text_mb
     batch = config.data.batch_size
     activations = (image + text) * 1e6 * batch * (computed / 2)
     return Memory(
@@ -468,6 +473,10 @@ def _weight_bytes(config: Config) -> int:
     return 2 if config.engine.precision in ("bf16", "fp16", "pure_bf16", "pure_fp16") else 4
 
 
+def _is_selective(config: Config) -> bool:
+    return config.engine.grad_checkpointing and config.engine.grad_checkpointing_policy == "selective"
+
+
 def _shard_ranks(config: Config, world_size: int) -> int:
     """Ranks that share one copy of the state; 1 without FSDP."""
     return (config.engine.fsdp_shard_ranks or world_size) if config.engine.fsdp else 1
@@ -496,7 +505,8 @@ def _loss_bytes(config: Config, facts: ModelFacts, global_batch: int) -> float:
     """The same for both losses: all texts, and a few tiles of the logits of the rank's own images."""
     rows = config.data.batch_size * config.engine.accum_freq
     tiles = _TILES * min(_TILE_BYTES, 4 * rows * global_batch)
-    return (_TEXT_BYTES * facts.embed_dim + _NORMALISER_BYTES) * global_batch + tiles
+    text_bytes = _TEXT_BYTES[config.loss.gather_dtype] * facts.embed_dim
+    return (text_bytes + _NORMALISER_BYTES) * global_batch + tiles
 
 
 def _memory_remarks(config: Config, memory: Memory, assumptions: Assumptions) -> list[str]:
@@ -507,6 +517,7 @@ def _memory_remarks(config: Config, memory: Memory, assumptions: Assumptions) ->
     available = GPUS[assumptions.gpu].gib
     remedies = [
         *([] if config.engine.grad_checkpointing else ["--grad-checkpointing"]),
+        *(["--grad-checkpointing-policy full"] if _is_selective(config) else []),
         *([] if config.engine.fsdp else ["--fsdp"]),
         "a smaller --batch-size with --accum-freq",
     ]

@@ -120,6 +120,8 @@ def _memory(config: Config, plan: Plan, assumptions: Assumptions) -> str:
     memory = plan.memory
     assert memory is not None
     kept = "checkpointed" if config.engine.grad_checkpointing else "all kept"
+    if config.engine.grad_checkpointing and config.engine.grad_checkpointing_policy == "selective":
+        kept = "at most: as if all were kept, --grad-checkpointing-policy selective keeps less"
     copies = "gathered blocks" if config.engine.fsdp else "copies for computing"
     how = "FSDP" if config.engine.fsdp else "DDP"
     return (

@@ -61,6 +61,10 @@ def test_every_number_has_a_range(field_name):
             "--fp8 rowwise with --precision amp: .* everything else in bf16; use amp_bf16",
         ),
         ("--fp8 tensorwise --fsdp", "--fp8 tensorwise with --fsdp: not supported together"),
+        (
+            "--grad-reduce-dtype bf16 --precision pure_fp16",
+            "with --precision pure_fp16: .* lose 3 of their 11 bits. Leave",
+        ),
         ("--fsdp --fsdp-offload-cpu --device cpu", "the shards are in host memory already. Leave it out"),
         ("--fsdp --fsdp-offload-cpu --precision amp", "the loss scaler does not wait .* Use amp_bf16"),
         ("--train-data-upsampling-factors 1", "weighs random draws of shards: pass --dataset-resampled too"),
@@ -199,6 +203,11 @@ def test_logs_are_disabled_by_none_in_any_case_and_by_nothing():
         ("--torchcompile-mode x", ["--torchcompile-mode x has no effect: --torchcompile is not given."]),
         ("--fsdp-shard-ranks 4", ["--fsdp-shard-ranks 4 has no effect: --fsdp is not given."]),
         ("--fsdp --ddp-static-graph", ["--ddp-static-graph has no effect: --fsdp takes the place of DDP."]),
+        (
+            "--grad-reduce-dtype bf16 --precision pure_bf16",
+            ["--grad-reduce-dtype bf16 has no effect: --precision pure_bf16 has no other gradients."],
+        ),
+        ("--fsdp --grad-reduce-dtype bf16 --precision pure_bf16", []),
         ("--loss-dist-impl gather", ["--loss-dist-impl gather has no effect: --siglip is not given."]),
         ("--momentum 0.9", ["--momentum 0.9 has no effect: --opt adamw has no such setting."]),
         (

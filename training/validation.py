@@ -32,6 +32,9 @@ OWN_OPTIMIZERS = ("adamw", "stableadamw", "nadamw")
 """Names that ``--opt`` knows, beside ``timm/NAME``."""
 
 _REPORT_TARGETS = ("tensorboard", "wandb")
+_FP16 = ("fp16", "pure_fp16")
+_MOST_RANKS_IN_BF16 = 64
+"""Sums over more ranks lose what the later ones add: docs/distributed.md has the errors."""
 _WITH_FP8 = ("amp_bf16", "amp_bfloat16", "bf16", "pure_bf16")
 
 
@@ -163,6 +166,7 @@ def validate(config: Config) -> None:
             _optimizer_problems(config),
             _fsdp_problems(config),
             _fp8_problems(config.engine),
+            _reduce_problems(config.engine),
             _schedule_problems(config),
             _checkpoint_problems(config),
             _report_problems(config.logging.report_to),
@@ -170,6 +174,19 @@ def validate(config: Config) -> None:
     )
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def check_reduce_dtype(engine: EngineConfig, *, world_size: int) -> None:
+    """What can only be said once the ranks are known.
+
+    Raises:
+        ValueError: gradients of too many ranks would be summed in bf16.
+    """
+    if engine.grad_reduce_dtype == "bf16" and world_size > _MOST_RANKS_IN_BF16:
+        raise ValueError(
+            f"--grad-reduce-dtype bf16 over {world_size} ranks: a sum in bf16, which has 8 bits, loses most of what "
+            f"the later ranks add; it is exact enough for {_MOST_RANKS_IN_BF16} ranks or fewer. Use fp32."
+        )
 
 
 def report_targets(report_to: str) -> frozenset[str]:
@@ -391,6 +408,14 @@ def _fp8_problems(engine: EngineConfig) -> Iterator[str]:
         yield f"--fp8 {engine.fp8} with --fsdp: not supported together. Leave one of them out."
 
 
+def _reduce_problems(engine: EngineConfig) -> Iterator[str]:
+    if engine.grad_reduce_dtype == "bf16" and engine.precision in _FP16:
+        yield (
+            f"--grad-reduce-dtype bf16 with --precision {engine.precision}: gradients have 2 bytes already, and would "
+            "lose 3 of their 11 bits. Leave --grad-reduce-dtype out."
+        )
+
+
 def _fsdp_problems(config: Config) -> Iterator[str]:
     engine, optim = config.engine, config.optim
     if not engine.fsdp:
@@ -529,6 +554,11 @@ def _inert_groups(config: Config) -> list[tuple[bool, str, tuple[str, ...]]]:
             not config.engine.fsdp,
             "--fsdp is not given",
             ("fsdp_shard_ranks", "fsdp_no_reshard_after_forward", "fsdp_offload_cpu", "fsdp_checkpoint"),
+        ),
+        (
+            config.engine.precision == "pure_bf16" and not config.engine.fsdp,
+            "--precision pure_bf16 has no other gradients",
+            ("grad_reduce_dtype",),
         ),
         (config.engine.fsdp, "--fsdp takes the place of DDP", ("ddp_static_graph",)),
         (not config.loss.siglip, "--siglip is not given", ("loss_dist_impl",)),

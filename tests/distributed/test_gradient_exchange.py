@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +20,10 @@ from training.data.batch import DeviceBatch
 from training.distributed.collectives import rank
 from training.distributed.gradient_exchange import bucket_cap_mib, log_reduce_dtype
 from training.distributed.parallelize import parallelize
+from training.distributed.runtime import Runtime
 from training.distributed.sharding import exchange_gradients
 from training.resilience.replicas import replica_checksum
+from training.validation import check_reduce_dtype
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -126,11 +130,49 @@ def test_buckets_grow_with_the_model_up_to_a_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "line"), [(1, "--grad-reduce-dtype bf16 has no effect"), (2, "summed over ranks in bf16")]
+    ("name", "world_size", "dtype", "is_sharded", "line"),
+    [
+        ("bf16", 1, torch.float32, False, "--grad-reduce-dtype bf16 has no effect"),
+        ("bf16", 2, torch.float32, False, "summed over ranks in bf16"),
+        ("fp32", 2, torch.bfloat16, False, "weights in bf16 are summed over 2 ranks in that type: only --fsdp"),
+        ("fp32", 2, torch.float16, False, "weights in fp16"),
+        ("fp32", 2, torch.bfloat16, True, None),
+        ("fp32", 2, torch.float32, False, None),
+        ("fp32", 1, torch.bfloat16, False, None),
+    ],
 )
-def test_a_run_says_in_which_type_it_sums(world_size: int, line: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_says_in_which_type_it_sums(
+    name: str, world_size: int, dtype: torch.dtype, is_sharded: bool, line: str | None, caplog: Any
+) -> None:
     with caplog.at_level(logging.INFO):
-        log_reduce_dtype("fp32", world_size=world_size)
-        assert not caplog.text
-        log_reduce_dtype("bf16", world_size=world_size)
-    assert line in caplog.text
+        log_reduce_dtype(nn.Linear(2, 2, dtype=dtype), name, world_size=world_size, is_sharded=is_sharded)
+    assert line in caplog.text if line else not caplog.text
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_sums_of_many_ranks_in_bf16_are_refused(fsdp: bool) -> None:
+    config = EngineConfig(device="cpu", fsdp=fsdp, grad_reduce_dtype="bf16")
+    check_reduce_dtype(config, world_size=64)
+    with pytest.raises(ValueError, match="--grad-reduce-dtype bf16 over 65 ranks: .* Use fp32"):
+        parallelize(tiny_clip(), config=config, runtime=Runtime(0, 0, 65, torch.device("cpu")))
+
+
+def ring_error(ranks: int, *, equal: bool) -> float:
+    """Of the mean of many ranks' gradients in bf16, added one after the other, relative to its norm."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(20_000, generator=generator)
+    found, exact = torch.zeros_like(common, dtype=torch.bfloat16), torch.zeros_like(common, dtype=torch.float64)
+    for _ in range(ranks):
+        own = common if equal else torch.randn(20_000, generator=generator)
+        exact += own.double() / ranks
+        found += own.bfloat16().div_(ranks)
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def test_the_document_has_the_errors_of_a_ring_that_adds_in_bf16() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+) % \| ([\d.]+) % \|$", text, re.MULTILINE)
+    assert [int(ranks) for ranks, *_ in rows] == [8, 64, 96, 256, 1024]
+    for ranks, *errors in rows:
+        for equal, error in zip((True, False), errors, strict=True):
+            assert 100 * ring_error(int(ranks), equal=equal) == pytest.approx(float(error), rel=0.1)

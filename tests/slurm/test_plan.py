@@ -12,6 +12,7 @@ from models.config import PreprocessConfig, list_models
 from slurm.data_facts import DataFacts, read_data_facts
 from slurm.model_facts import FACTS_PATH, FoundFacts, find_facts
 from slurm.plan import _TILE_BYTES, Assumptions, JobShape, Plan, choose_signal, make_plan, plan_checkpoints
+from slurm.summary import _memory
 from tests.factories import write_csv, write_shards
 from training.cli import load_config, parse_args
 from training.config import Config, LossConfig, ModelConfig
@@ -188,6 +189,25 @@ def test_checkpointing_saves_what_it_promises():
     assert whole.loss == less.loss
 
 
+def test_a_policy_that_keeps_less_than_all_is_planned_as_if_it_kept_all():
+    plain = plan_of(xxlarge(grad_checkpointing=False))
+    selective = plan_of(xxlarge(grad_checkpointing=True, grad_checkpointing_policy="selective"))
+    assert selective.memory == plain.memory
+    said = _memory(xxlarge(grad_checkpointing=True, grad_checkpointing_policy="selective"), selective, Assumptions())
+    assert "(at most: as if all were kept" in said
+    assert "consider --grad-checkpointing-policy full" in str(selective.remarks)
+
+
+def test_texts_in_bf16_take_less_of_the_loss():
+    config = xxlarge()
+    plain, halved = (
+        plan_of(replace(config, loss=replace(config.loss, gather_dtype=dtype))).memory for dtype in ("fp32", "bf16")
+    )
+    assert plain is not None
+    assert halved is not None
+    assert plain.loss - halved.loss == pytest.approx(2 * 1024 * 81_920 / 2**30)
+
+
 @pytest.mark.parametrize("siglip", [False, True])
 def test_the_loss_takes_what_its_code_is_counted_to_take(siglip):
     config = xxlarge()
@@ -268,6 +288,11 @@ def test_what_does_not_fit_is_refused(flags, message):
         plan_of(config, nodes=1, data=DataFacts("csv", 100_000, 1000), gpu="v100-32")
 
 
+def test_sums_over_too_many_ranks_in_bf16_are_refused():
+    with pytest.raises(ValueError, match="--grad-reduce-dtype bf16 over 1024 ranks"):
+        plan_of(xxlarge(grad_reduce_dtype="bf16"))
+
+
 def test_fewer_slots_than_ranks_are_refused():
     config = parse_args([*SYNTHETIC, "--model=ViT-B-32"])
     with pytest.raises(ValueError, match="5 slots of data .* for 8 ranks: pass --dataset-resampled, use fewer ranks"):
@@ -342,7 +367,7 @@ def test_every_built_in_model_is_in_the_file_of_facts():
     assert FACTS_PATH.stat().st_size < 100_000
 
 
-@pytest.mark.parametrize("name", ["demo-resnet", "ViT-B-32"])
+@pytest.mark.parametrize("name", ["demo-resnet", "ViT-B-32", "EVA02-B-16", "convnext_base", "ViT-B-16-SigLIP"])
 def test_the_file_of_facts_is_up_to_date(name):
     from benchmarks.model_facts import model_facts
 
@@ -352,4 +377,4 @@ def test_the_file_of_facts_is_up_to_date(name):
     # What kernels save differs a little between versions of torch; sizes and arithmetic do not.
     for key, value in facts._asdict().items():
         expected = list(value) if isinstance(value, tuple) else value
-        assert counted[key] == (pytest.approx(expected, rel=0.1) if key.endswith("_mb") else expected), key
+        assert counted[key] == (pytest.approx(expected, rel=0.01) if key.endswith("_mb") else expected), key

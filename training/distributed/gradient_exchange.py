@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Of --grad-reduce-dtype."""
 
+_HALVES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
 _DEFAULT_MIB = 25
 _LARGEST_MIB = 200
 _BUCKETS = 16
@@ -36,17 +38,28 @@ def bucket_cap_mib(model: nn.Module) -> int | None:
 
 
 def send_in_bf16(model: DistributedDataParallel) -> None:
-    """Gradients are divided by the ranks, rounded to bf16, added up in bf16, and are fp32 again on every rank.
+    """Gradients are rounded to bf16, divided by the ranks, added up in bf16, and are fp32 again on every rank.
 
-    Half of the bytes; ranks still get equal gradients. Of a mean over W ranks the error is at most W + 1 roundings, of
-    2^-8 each, of the mean magnitude of what is added.
+    Half of the bytes; ranks still get equal gradients. A ring adds one rank after the other, so a term of W is lost
+    where the sum has grown to W / 2^8 of them: not for many ranks, which ``check_reduce_dtype`` refuses.
     """
     model.register_comm_hook(None, bf16_compress_hook)  # None: the group of all ranks
 
 
-def log_reduce_dtype(name: str, *, world_size: int) -> None:
-    """One line where the numbers are not those of fp32, or where the flag does nothing."""
-    if name == "bf16" and world_size == 1:
-        logger.info("--grad-reduce-dtype bf16 has no effect: a single process has no gradients to exchange.")
-    elif name == "bf16":
+def log_reduce_dtype(model: nn.Module, name: str, *, world_size: int, is_sharded: bool) -> None:
+    """One line where sums are not in fp32, or where the flag does nothing."""
+    if world_size == 1:
+        if name == "bf16":
+            logger.info("--grad-reduce-dtype bf16 has no effect: a single process has no gradients to exchange.")
+        return
+    if name == "bf16":
         logger.info("Gradients are summed over ranks in bf16: half of the bytes, 8 significant bits.")
+        return
+    halves = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} & _HALVES.keys()
+    if not is_sharded and halves:
+        logger.warning(
+            "Gradients of weights in %s are summed over %d ranks in that type: only --fsdp sums them in fp32. In bf16 "
+            "a sum over hundreds of ranks loses much of what is added.",
+            " and ".join(sorted(_HALVES[dtype] for dtype in halves)),
+            world_size,
+        )

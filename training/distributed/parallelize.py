@@ -39,6 +39,7 @@ from training.distributed.memory_format import apply_channels_last, wants_channe
 from training.distributed.mesh import build_mesh, is_sharded
 from training.distributed.runtime import COLLECTIVE_TIMEOUT, Runtime
 from training.distributed.sharding import register_sharding
+from training.validation import check_reduce_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +71,9 @@ def parallelize(
 
     Raises:
         ValueError: --use-bn-sync or --fsdp-offload-cpu on processes without a GPU; --fsdp-shard-ranks that do not
-            divide the ranks.
+            divide the ranks; --grad-reduce-dtype bf16 on too many ranks.
     """
+    check_reduce_dtype(config, world_size=runtime.world_size)
     shares = is_sharded(config, world_size=runtime.world_size)
     if wants_channels_last(model, config.channels_last, device_type=runtime.device.type):
         apply_channels_last(model, is_sharded=shares)
@@ -84,7 +86,7 @@ def parallelize(
         _checkpoint(model, policy=config.grad_checkpointing_policy)
     if config.torchcompile:
         compile_towers(model, config, device=runtime.device, world_size=runtime.world_size)
-    log_reduce_dtype(config.grad_reduce_dtype, world_size=runtime.world_size)
+    log_reduce_dtype(model, config.grad_reduce_dtype, world_size=runtime.world_size, is_sharded=shares)
     if shares:
         return _shard(model, config, runtime=runtime, param_dtype=param_dtype, source=source, timeout=timeout)
     if runtime.world_size > 1:
@@ -117,7 +119,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def tower_blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of both towers: image tower first, each in the order of its forward pass."""
+    """The repeated blocks of the image tower, then of the text tower (which computes first), each as they follow."""
     return [block for name in ("image_blocks", "text_blocks") for block in getattr(model, name, ())]
 
 

@@ -30,7 +30,7 @@ class Loss(ABC):
     def begin(self, text_features: Tensor) -> GatheredRows:
         """Starts to gather the texts, which fly while the images are encoded: what comes back is for ``__call__``.
 
-        Collective: all ranks, before or after the same other collectives.
+        Collective: in the same place among all collectives on every rank.
         """
         with no_autocast(text_features):
             return gather_rows(at_least_float32(text_features), dtype=self.gather_dtype)
