@@ -92,17 +92,24 @@ def test_between_log_points_the_host_never_waits_for_the_device(
 
 
 @pytest.mark.parametrize(
-    "wait",
+    ("name", "wait"),
     [
-        lambda x: x.sum().item(),
-        lambda x: bool(x.isfinite().all()),
-        lambda x: x[x > 0],
-        lambda x: x.nonzero(),
-        lambda x: torch.equal(x, x),
+        ("item", lambda x: x.sum().item()),
+        ("bool", lambda x: bool(x.isfinite().all())),
+        ("mask", lambda x: x[x > 0]),
+        ("nonzero", lambda x: x.nonzero()),
+        ("equal", lambda x: torch.equal(x, x)),
+        ("cpu", lambda x: x.cpu()),
+        ("to", lambda x: x.to("cpu", copy=True)),
+        ("tolist", lambda x: x.tolist()),
+        ("numpy", lambda x: x.numpy()),
+        ("unique", lambda x: x.unique()),
+        ("consecutive", lambda x: x.unique_consecutive()),
+        ("bincount", lambda x: x.int().bincount()),
+        ("tensor", lambda x: torch.tensor([1.0], device=x.device)),
     ],
-    ids=["item", "bool", "mask", "nonzero", "equal"],
 )
-def test_what_would_wait_is_seen(wait: Callable[[torch.Tensor], object]) -> None:
+def test_what_would_wait_is_seen(name: str, wait: Callable[[torch.Tensor], object]) -> None:
     with HostWaits() as waits:
         wait(torch.ones(3))
-    assert waits.seen
+    assert waits.seen, name
