@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self
 
+_FIRST_STEPS = 3
+"""They compile blocks and make optimizer states; what that leaves behind would lie there until the next collection."""
+
 
 class CollectionInStep:
     """Context manager around the training loop: within it, Python does not collect by itself."""
@@ -23,6 +26,7 @@ class CollectionInStep:
         """
         self._every = every
         self._was_automatic = gc.isenabled()
+        self._steps = 0
 
     def __enter__(self) -> Self:
         if self._every > 0:
@@ -39,13 +43,17 @@ class CollectionInStep:
             self._set_automatic(self._was_automatic)
 
     def after_step(self, step: int) -> None:
-        """Collects if it is time: all ranks stand at the same step.
+        """Collects if it is time, once after the first steps of a loop too: all ranks stand at the same step.
 
         Args:
-            step: completed steps.
+            step: completed steps of the run.
         """
-        if self._every > 0 and step % self._every == 0:
+        self._steps += 1
+        begins = self._steps == _FIRST_STEPS
+        if self._every > 0 and (begins or step % self._every == 0):
             gc.collect()
+            if begins:
+                gc.freeze()  # programs stay to the end as well
 
     @contextmanager
     def automatic(self) -> Iterator[None]:
