@@ -14,7 +14,7 @@ from torch import nn
 
 from models.factory import BuiltModel, create_model
 from models.locking import lock_image_tower, lock_text_tower
-from models.text_form import build_packer
+from models.text_form import build_packer, cut_texts
 from models.tokenizer import build_tokenizer
 from training.attention_kernel import AttentionCall, attention_calls, attention_kernel
 from training.checkpoint.checkpointer import Checkpointer
@@ -45,6 +45,7 @@ from training.observability.telemetry import Telemetry
 from training.optim.optimizer import build_optimizer
 from training.optim.schedule import build_schedule as build_lr_schedule
 from training.optim.stable_adamw import StableAdamW
+from training.phases import Phase, read_phases
 from training.plan import TrainPlan
 from training.precision import Precision, build_precision, cast_parameters
 from training.resilience.escalation import Escalation
@@ -340,7 +341,7 @@ def build_device_loading(
 def build_schedule(config: ScheduleConfig, *, lr: float, plan: TrainPlan, state: TrainState) -> Callable[[int], float]:
     """The learning rate by samples seen: after as many of them the same rate, whatever the global batch."""
     schedule_batch = state.schedule_batch
-    schedule = build_lr_schedule(config, lr=lr, steps_per_epoch=round(plan.samples_per_epoch / schedule_batch))
+    schedule = build_lr_schedule(config, lr=lr, steps_per_epoch=plan.samples_per_epoch / schedule_batch)
     return lambda seen: schedule(seen // schedule_batch)
 
 
@@ -382,17 +383,25 @@ def choose_attention(config: Config, runtime: Runtime) -> AbstractContextManager
     """Inside it, ``--attention-kernel`` holds for the whole process. Collective: all ranks."""
 
     def calls() -> list[AttentionCall]:
-        precision = build_precision(config.engine.precision, runtime.device)
-        built = build_model(config, skeleton=True)
-        cast_parameters(built.model, precision)
-        shape = (config.data.batch_size, 3, *built.config.vision_cfg.image_hw)
-        texts = torch.ones(config.data.batch_size, built.config.text_cfg.context_length, dtype=torch.int64)
-        packed = build_packer(built.config, text_packing=config.engine.text_packing)(texts).to("meta")
-        images = torch.empty(shape, dtype=precision.input_dtype, device="meta")
-        return attention_calls(built.model.train(), images, packed, precision=precision)
+        phases = read_phases(config).all
+        return list(dict.fromkeys(call for phase in phases for call in _attention_calls(phase, runtime.device)))
 
     first = partial(on_first_rank, rank=runtime.rank)
     return attention_kernel(config.engine.attention_kernel, calls=calls, device=runtime.device, on_first_rank=first)
+
+
+def _attention_calls(phase: Phase, device: torch.device) -> list[AttentionCall]:
+    config = phase.config
+    precision = build_precision(config.engine.precision, device)
+    built = build_model(config, skeleton=True)
+    cast_parameters(built.model, precision)
+    images = torch.empty(
+        (config.data.batch_size, 3, *built.config.vision_cfg.image_hw), dtype=precision.input_dtype, device="meta"
+    )
+    reads = cut_texts(built.config, phase.text_length)
+    texts = torch.ones(config.data.batch_size, reads.text_cfg.context_length, dtype=torch.int64)
+    packed = build_packer(reads, text_packing=config.engine.text_packing)(texts).to("meta")
+    return attention_calls(built.model.train(), images, packed, precision=precision)
 
 
 def set_device_defaults(device: torch.device) -> None:

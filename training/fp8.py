@@ -111,6 +111,7 @@ def convert_blocks(
         for name in fitting:
             linear: Any = block.get_submodule(name)
             linear.train(block.training)  # as the layer that it replaces
+            # The layer holds itself by this: only a collection frees its memory, as it does between phases.
             linear.forward = partial(_forward, linear)
     if not converted:
         raise ValueError(

@@ -34,6 +34,17 @@ def test_a_run_computes_attention_with_the_kernel_of_the_flag_and_says_so(run_he
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
+def test_a_named_kernel_is_tried_at_the_shapes_of_all_phases(run_here: Run, tiny_model: str, tmp_path: Path) -> None:
+    (tmp_path / "phases.yaml").write_text("- {until_samples: 8, image_size: 16}\n- {batch_size: 2}\n")
+    flags = ["--attention-kernel", "math", "--phases", str(tmp_path / "phases.yaml"), "--logs", str(tmp_path / "logs")]
+    done = run_here([*COMMON, "--model", tiny_model, *flags])
+    assert done.code == 0, done.text
+    calls = (
+        "4 sequences of 2 image tokens, 2 heads of 16, float32; 2 sequences of 5 image tokens, 2 heads of 16, float32."
+    )
+    assert f"Attention: math for {calls}" in done.text
+
+
 def test_fp8_on_a_cpu_is_refused_in_one_line(run_here: Run, tiny_model: str) -> None:
     flags = [*COMMON, "--model", tiny_model, "--precision", "amp_bf16", "--fp8", "rowwise"]
     refused = run_here(flags)
@@ -71,7 +82,7 @@ def test_a_run_collects_garbage_after_every_nth_step_and_not_in_between(run_here
     finally:
         gc.callbacks.remove(note)
     assert done.code == 0, done.text
-    assert collected == [2] * 5  # after steps 2, 4, 6, and after the evaluations before and behind them
+    assert collected == [2] * 6  # after steps 2, 3 (the first ones), 4, 6, and the evaluations before and behind them
     assert gc.isenabled()
 
 
