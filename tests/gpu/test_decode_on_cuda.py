@@ -15,12 +15,14 @@ from tests.data.images import encode, psnr, render
 from tests.data.test_device_decode import CPU, SIZE, decode_on, transform_of, undecodable_jpeg
 from tests.factories import character_tokens, token_texts, write_tar
 from training.config import DataConfig, ImageConfig
+from training.data import device_decode
 from training.data.baseline_jpeg import read_baseline
 from training.data.batch import to_device
 from training.data.build import build_train_loader
 from training.data.crop import CropBox
 from training.data.device_decode import check_decoder
 from training.data.encoded_image import EncodedImage
+from training.data.jpeg import JpegSize
 from training.data.prefetch import load_to_device, pin
 
 pytestmark = [
@@ -58,6 +60,34 @@ def test_a_file_that_cannot_be_decoded_leaves_the_others_as_they_are(device: tor
     assert mixed.broken == [2]
     assert torch.equal(mixed.images[[0, 1, 3, 4]], expected[[0, 1, 3, 4]])
     assert mixed.images[5].eq(9).all()
+
+
+def test_files_that_only_the_host_decodes_are_decoded_there_in_chunks_of_any_size(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = [transform_of().encode(encode(render(100, 80, seed=i)), seed=0) for i in range(6)]
+    png = EncodedImage(encode(render(60, 50), "PNG"), JpegSize(50, 60), CropBox(0, 0, 50, 60), "bicubic")
+    expected = decode_on(device, whole, SIZE).images
+    for pixels in (1 << 25, 2 * 100 * 80, 1):  # all at once, in pairs, one by one
+        monkeypatch.setattr(device_decode, "_CHUNK_PIXELS", pixels)
+        mixed = decode_on(device, [*whole[:3], png, *whole[3:]], SIZE)
+        assert (mixed.refused, mixed.broken) == (1, [])
+        assert torch.equal(mixed.images[[0, 1, 2, 4, 5, 6]], expected)
+        assert torch.equal(mixed.images[3].cpu(), decode_on(CPU, [png], SIZE).images[0])
+
+
+def test_a_device_without_memory_says_so_and_refuses_nothing(device: torch.device) -> None:
+    file = torch.frombuffer(bytearray(encode(render(1500, 1400), quality=40)), dtype=torch.uint8)
+    check_decoder(device)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + (8 << 20)) / total, device)
+    try:
+        with pytest.raises(RuntimeError, match="has no memory left to decode 8 JPEGs .*lower --batch-size"):
+            device_decode._decode_files([file] * 8, device)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert all(image is not None for image in device_decode._decode_files([file] * 8, device))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
