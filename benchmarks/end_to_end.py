@@ -31,6 +31,7 @@ import torch
 from benchmarks.batches import make_batches
 from benchmarks.data_loader import PINNED_WEBDATASET
 from benchmarks.end_to_end_arms import ARMS, Preparation
+from benchmarks.open_clip_checkout import find_package, use_open_clip_checkout
 from benchmarks.parity import LOSS_TOLERANCE, LOW_PRECISION_LOSS_TOLERANCE
 from benchmarks.photo_shards import LINKED_SHARDS, find_photos, make_shards
 from benchmarks.provenance import ROOT, describe_run, model_name
@@ -100,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.page.write_text(fill(arguments.page.read_text(), {"end_to_end": table_of_results(RESULTS)}))
         return 0
     try:
+        use_open_clip_checkout(arguments.open_clip_path, may_restart=argv is None)
         result = measure(arguments)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
@@ -151,9 +153,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def paths_of(arm: str, arguments: argparse.Namespace) -> list[str]:
-    """OpenCLIP runs on the webdataset that it pins where ``benchmarks.data_loader`` has installed it."""
+    """OpenCLIP's checkout, if one is named; and the webdataset that OpenCLIP pins, if ``data_loader`` installed it."""
     overlay = arguments.directory / PINNED_WEBDATASET
-    return [str(overlay)] if arm == "open_clip" and overlay.is_dir() else []
+    checkout = [str(find_package(arguments.open_clip_path))] if arguments.open_clip_path else []
+    return [*checkout, *([str(overlay)] if arm == "open_clip" and overlay.is_dir() else [])]
 
 
 def prepare(arguments: argparse.Namespace, pattern: str, directory: Path) -> Preparation:

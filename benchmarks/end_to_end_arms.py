@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.batches import HostBatch
+from benchmarks.gradient_error import exact_matmul
 from benchmarks.memory import peak_gib, reset_peak
-from benchmarks.parity import exact_matmul
+from benchmarks.open_clip_checkout import use_open_clip_checkout
 from benchmarks.process_meter import memory, process_tree, usage
 from benchmarks.provenance import model_name
 from benchmarks.train_step_arms import (
@@ -36,7 +37,6 @@ from benchmarks.train_step_arms import (
     OpenClipArm,
     Tuning,
     single_process,
-    use_open_clip_checkout,
 )
 from models.factory import create_model
 from training.assembly import build_loader, seed_all, set_device_defaults
@@ -117,8 +117,8 @@ class OpenClipRun:
     """OpenCLIP's data pipeline with its defaults in front of its step."""
 
     def __init__(self, preparation: Preparation) -> None:
-        if preparation.open_clip_path:
-            use_open_clip_checkout(Path(preparation.open_clip_path))
+        path = preparation.open_clip_path
+        use_open_clip_checkout(Path(path) if path else None, may_restart=False)
         from open_clip import get_input_dtype
         from open_clip.factory import get_tokenizer
         from open_clip.transform import PreprocessCfg, image_transform_v2

@@ -35,9 +35,10 @@ from torch import Tensor
 
 from benchmarks.batches import HostBatch
 from benchmarks.curve_picture import Curve, Panel, draw
+from benchmarks.open_clip_checkout import use_open_clip_checkout
 from benchmarks.provenance import ROOT, describe_run, model_name
 from benchmarks.scale_report import fill
-from benchmarks.train_step_arms import ArmSettings, OpenClipArm, use_open_clip_checkout
+from benchmarks.train_step_arms import ArmSettings, OpenClipArm
 from models.factory import BuiltModel, create_model
 from models.text_form import build_packer
 from models.tokenizer import build_tokenizer
@@ -102,8 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.write_page:
         arguments.page.write_text(fill(arguments.page.read_text(), {"loss_curves": report_of_results(RESULTS)}))
         return 0
-    if arguments.open_clip_path:
-        use_open_clip_checkout(arguments.open_clip_path)
+    use_open_clip_checkout(arguments.open_clip_path, may_restart=argv is None)
     result = measure(arguments)
     device = torch.device(arguments.device).type
     files = {

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.batches import HostBatch, make_batches
+from benchmarks.open_clip_checkout import use_open_clip_checkout
 from benchmarks.provenance import ROOT, describe_run, model_name
 from benchmarks.scale_report import fill, table
 from benchmarks.step_categories import CATEGORIES, LOSS_MARK, STEP_MARK, Operation, categorize, read_operations
@@ -34,7 +35,6 @@ from benchmarks.train_step_arms import (
     OpenClipArm,
     StepArm,
     Tuning,
-    use_open_clip_checkout,
 )
 from models.factory import create_model
 from models.transformer import Transformer
@@ -78,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.write_page:
         arguments.page.write_text(fill(arguments.page.read_text(), {"profile": tables_of_results(RESULTS)}))
         return 0
-    if arguments.open_clip_path:
-        use_open_clip_checkout(arguments.open_clip_path)
+    use_open_clip_checkout(arguments.open_clip_path, may_restart=argv is None)
     result = measure(arguments)
     path = arguments.out or RESULTS / f"{result_name(arguments)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

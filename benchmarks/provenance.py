@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.open_clip_checkout import describe_open_clip
+
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTIONS = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")
 
@@ -27,6 +29,7 @@ def describe_run(device: torch.device) -> dict[str, object]:
         "hardware": _hardware(device),
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
         | {name: _version(name) for name in DISTRIBUTIONS},
+        "open_clip": describe_open_clip(),
     }
 
 

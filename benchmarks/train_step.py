@@ -29,9 +29,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.batches import HostBatch, describe_captions, make_batches, real_lengths
+from benchmarks.gradient_error import exact_matmul
 from benchmarks.memory import held_gib, peak_gib, reset_peak, resident_gib
 from benchmarks.mfu import measure_ceiling, utilisation
-from benchmarks.parity import check_gradients, check_losses, compare_curves, exact_matmul
+from benchmarks.open_clip_checkout import use_open_clip_checkout
+from benchmarks.parity import check_gradients, check_losses, check_timed_form, compare_curves
 from benchmarks.provenance import ROOT, describe_run
 from benchmarks.timing import Arm, Deadline, Times, alternate, speed_ratio, spread, time_block
 from benchmarks.train_step_arms import (
@@ -40,7 +42,6 @@ from benchmarks.train_step_arms import (
     ClipyardArm,
     OpenClipArm,
     StepArm,
-    use_open_clip_checkout,
 )
 from benchmarks.training_flops import training_flops_per_sample
 from models.factory import create_model
@@ -109,8 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
-    if arguments.open_clip_path:
-        use_open_clip_checkout(arguments.open_clip_path)
+    use_open_clip_checkout(arguments.open_clip_path, may_restart=argv is None)
     runtime = start_runtime(EngineConfig(device=arguments.device))
     logging.getLogger("benchmarks").setLevel(logging.INFO if runtime.is_main else logging.WARNING)
     seed_all(0)
@@ -293,7 +293,10 @@ class Measurement:
     def _pass_gate(self, ours: Lane, theirs: Lane) -> Result:
         """No timing counts unless both arms compute the same."""
         steps = self._arguments.parity_steps
+        assert isinstance(theirs.arm, OpenClipArm)
         gradients = check_gradients(ours.arm, theirs.arm, self._host[0])
+        timed_form = check_timed_form(ours.arm, theirs.arm, ours.take(0), theirs.take(0))
+        release_memory(self._runtime.device)
         # Compiled programs are made anew for other TF32 settings: only where the tolerance asks for it.
         with exact_matmul() if self._arguments.precision == "fp32" else nullcontext():
             for lane in (ours, theirs):
@@ -302,9 +305,10 @@ class Measurement:
             *(ours.loss_values(), theirs.loss_values()),
             precision=self._arguments.precision,
             gradient_difference=gradients,
+            timed_form=timed_form,
         )
-        logger.info("parity: losses %.1e apart, gradients %s", parity.loss_difference, parity.gradient_difference)
-        return parity._asdict()
+        logger.info("parity: losses %.1e apart, gradients %s; %s", parity.loss_difference, gradients, timed_form)
+        return {**parity._asdict(), "timed_form": {name: one._asdict() for name, one in timed_form._asdict().items()}}
 
     def _measure_times(self, lanes: Mapping[str, Lane]) -> dict[str, Times]:
         arguments, device = self._arguments, self._runtime.device

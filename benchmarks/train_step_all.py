@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.open_clip_checkout import use_open_clip_checkout
 from benchmarks.provenance import ROOT, describe_run
 from benchmarks.train_step import RESULTS, parse_arguments, result_name
 from benchmarks.train_step_arms import RIVALS
@@ -134,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     arguments = parse_command_line(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    use_open_clip_checkout(arguments.open_clip_path, may_restart=argv is None)
     entries = list(plan(arguments))
     if arguments.dry_run:
         sys.stdout.write(describe_plan(entries))
@@ -161,7 +163,7 @@ def plan(arguments: argparse.Namespace) -> Iterator[Entry]:
     if unknown := set(arguments.only or ()) - known:
         raise ValueError(f"--only {' '.join(sorted(unknown))}: the suite has {', '.join(sorted(known))}")
     extra = ["--full-length"] if arguments.full_length else []
-    extra += [f"--open-clip-path={arguments.open_clip_path}"] if arguments.open_clip_path else []
+    extra += [f"--open-clip-path={arguments.open_clip_path.resolve()}"] if arguments.open_clip_path else []
     for entry in entries:
         if arguments.only and entry.model not in arguments.only:
             continue

@@ -10,7 +10,6 @@ Legend: B batch, L text tokens.
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 import configs
 from benchmarks.batches import HostBatch
+from benchmarks.gradient_error import Pass, exact_pass, take_gradients
 from models.factory import create_model
 from training.assembly import build_device_loading, build_trained_model, choose_attention
 from training.cli import parse
@@ -91,6 +91,9 @@ class StepArm(Protocol):
 
     def loss(self, batch: DeviceBatch) -> Tensor:
         """The loss in full precision with its graph; no step."""
+
+    def passed(self, batch: DeviceBatch) -> Pass:
+        """Forward and backward pass of the very program that ``step`` times, without its update."""
 
     def skipped_steps(self) -> int:
         """How many steps changed nothing."""
@@ -159,6 +162,13 @@ class ClipyardArm:
     def loss(self, batch: DeviceBatch) -> Tensor:
         out = self._wrapped(batch.images, batch.texts)
         return self._loss(out.image_features, out.text_features, out.logit_scale, out.logit_bias)
+
+    def passed(self, batch: DeviceBatch) -> Pass:
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._attention():
+            self._step._exchange_once(batch)
+            _, (output,) = self._step._backward(batch)
+        return Pass(output.image_features.detach(), output.text_features.detach(), take_gradients(self.model))
 
     def skipped_steps(self) -> int:
         return int(torch.stack(self._bad).sum().item()) if self._bad else 0  # host sync
@@ -238,15 +248,29 @@ class OpenClipArm:
         ]
 
     def step(self, batch: DeviceBatch) -> Tensor:
-        self.optimizer.zero_grad()
-        with self._autocast():
-            total: Tensor = self._loss(**self._forward(batch.images, batch.texts), output_dict=True)["contrastive_loss"]
-        total.backward()
+        total, _ = self._backward(batch)
         self.optimizer.step()
         with torch.no_grad():
             scale: Tensor = self.model.get_parameter("logit_scale")
             scale.clamp_(0, math.log(100))
         return total.detach()
+
+    def _backward(self, batch: DeviceBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        self.optimizer.zero_grad()
+        with self._autocast():
+            output = self._forward(batch.images, batch.texts)
+            total: Tensor = self._loss(**output, output_dict=True)["contrastive_loss"]
+        total.backward()
+        return total, output
+
+    def passed(self, batch: DeviceBatch) -> Pass:
+        _, output = self._backward(batch)
+        features = (output["image_features"].detach(), output["text_features"].detach())
+        return Pass(*features, take_gradients(self.model))
+
+    def exact(self, batch: DeviceBatch, *, dtype: torch.dtype = torch.float32) -> Pass:
+        """The same pass as nobody trains it: eager, in full precision."""
+        return exact_pass(self.model, batch, self._loss, dtype=dtype)
 
     def loss(self, batch: DeviceBatch) -> Tensor:
         loss: Tensor = self._loss(**self._wrapped(batch.images, batch.texts))
@@ -312,12 +336,3 @@ def _open_clip_name(model: str) -> str:
     path = Path(model)
     open_clip.add_model_config(path if path.suffix == ".json" else Path(configs.__file__).parent / "models")
     return path.stem if path.suffix == ".json" else model
-
-
-def use_open_clip_checkout(path: Path) -> None:
-    """Import open_clip from a checkout instead of the installed one; both layouts (``src/`` or flat) are found."""
-    for folder in (path / "src", path):
-        if (folder / "open_clip" / "__init__.py").exists():
-            sys.path.insert(0, str(folder))
-            return
-    raise ValueError(f"no open_clip package under {path}: pass --open-clip-path CHECKOUT, the root of its repository")

@@ -21,7 +21,6 @@ from benchmarks.train_step_arms import (
     ClipyardArm,
     OpenClipArm,
     drawing_on,
-    use_open_clip_checkout,
     without_stochastic_depth,
 )
 from benchmarks.training_flops import TrainingFlops
@@ -184,11 +183,6 @@ def test_weights_drawn_on_a_device_have_the_distribution_that_was_asked_for():
         torch.empty(512, 512).normal_()  # drawn where there are no numbers to copy
     assert weights.std().item() == pytest.approx(0.02, rel=0.02)
     assert (uniform.min().item(), uniform.max().item()) == pytest.approx((1.0, 3.0), abs=1e-3)
-
-
-def test_a_checkout_without_open_clip_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no open_clip package under .*: pass --open-clip-path CHECKOUT"):
-        use_open_clip_checkout(tmp_path)
 
 
 TINY = ("--model=demo-vit", "--batch-size=4", "--device=cpu", "--blocks=2", "--batches=1")
