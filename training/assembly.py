@@ -401,7 +401,15 @@ def _attention_calls(phase: Phase, device: torch.device) -> list[AttentionCall]:
     reads = cut_texts(built.config, phase.text_length)
     texts = torch.ones(config.data.batch_size, reads.text_cfg.context_length, dtype=torch.int64)
     packed = build_packer(reads, text_packing=config.engine.text_packing)(texts).to("meta")
-    return attention_calls(built.model.train(), images, packed, precision=precision)
+    try:
+        return attention_calls(built.model.train(), images, packed, precision=precision)
+    # What a tower of others thinks of an image size, it says in its forward pass.
+    except (RuntimeError, AssertionError) as error:
+        height, width = built.config.vision_cfg.image_hw
+        raise ValueError(
+            f"--attention-kernel {config.engine.attention_kernel}: model '{built.config.name}' does not compute images "
+            f"of {height} x {width}, the size of phase {phase.number}: {error}"
+        ) from error
 
 
 def set_device_defaults(device: torch.device) -> None:

@@ -13,6 +13,7 @@ import torch
 from tests.end_to_end.conftest import Outcome
 from tests.end_to_end.host_waits import HostWaits, watch_steps
 from training import assembly
+from training.resilience.exit_codes import BAD_USAGE
 
 FLAGS = (
     "--precision fp32 --device cpu --dataset-type synthetic --train-num-samples 24 --batch-size 4 --workers 0 "
@@ -43,6 +44,19 @@ def test_a_named_kernel_is_tried_at_the_shapes_of_all_phases(run_here: Run, tiny
         "4 sequences of 2 image tokens, 2 heads of 16, float32; 2 sequences of 5 image tokens, 2 heads of 16, float32."
     )
     assert f"Attention: math for {calls}" in done.text
+
+
+def test_a_phase_whose_images_the_model_does_not_compute_is_named_in_one_line(
+    run_here: Run, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("Input height (32) should be divisible by window size")
+
+    monkeypatch.setattr(assembly, "attention_calls", fail)
+    refused = run_here([*COMMON, "--model", tiny_model, "--attention-kernel", "math"])
+    assert refused.code == BAD_USAGE
+    assert "does not compute images of 32 x 32, the size of phase 1: Input height (32)" in refused.text
+    assert "Traceback" not in refused.text
 
 
 def test_fp8_on_a_cpu_is_refused_in_one_line(run_here: Run, tiny_model: str) -> None:
