@@ -139,10 +139,10 @@ def tables(result: Result) -> Tables:
         ]
         for row in result["rows"]
     ]
-    found = {"loss_memory": table(["model", "b", "global batch", *result["rows"][0]["counted"]], body)}
-    if "executed" in result:
-        found["loss_executed"] = _executed_table(result["executed"])
-    return found
+    return {
+        "loss_memory": table(["model", "b", "global batch", *result["rows"][0]["counted"]], body),
+        "loss_executed": _executed_table(result.get("executed", ())),
+    }
 
 
 def _executed_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -6,27 +6,39 @@ Bytes are counted (scale_rank shows that the real step sends just these). Times 
 the line rates, efficiency and latency of scale_jobs. All GPUs of a node share its adapters.
 
     all-reduce of S       2 S (N-1)/N per node      all-gather, reduce-scatter of S in all      S (N-1)/N per node
+
+What the step waits for, with texts encoded first:
+
+    DDP     texts beyond the image tower; gradients beyond the backward pass; the last bucket, which nothing hides
+    HSDP    the same, with the weights outside of blocks as the last group
+    FSDP    texts both ways in full: its groups are the texts' communicator, and blocks queue up behind them
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from benchmarks.scale_jobs import HOP_S, JOBS, LOCAL_BATCHES, MFU, MODELS, NETWORKS, PEAK_TFLOPS, Network
 from benchmarks.scale_report import Result, Tables, num_bytes, run_benchmark, seconds, table
+from models.clip import Clip
 from models.config import load_model_config
 from models.factory import build_model
 from slurm.model_facts import find_facts
 from training.config import ModelConfig
+from training.distributed.gradient_exchange import bucket_cap_mib
 from training.distributed.parallelize import tower_blocks
 
 NAME = "scale_network"
 WORLD = 1024
-_BUCKET_BYTES = 25 * 2**20
-"""Of DDP: torch's default."""
+_RANKS = (16, 64, 256, WORLD)
+"""At which the order of the towers is judged."""
+_DEFAULT_BUCKET, _FIRST_BUCKET = 25 * 2**20, 2**20
+"""Of torch's DDP, where ``bucket_cap_mib`` leaves the choice to it."""
 _VITALS_BYTES = 4 * 17
 """What the guard sums in a step; scale_rank counts it."""
 _BACKWARD_SHARE = 2 / 3
@@ -49,6 +61,14 @@ class Traffic(NamedTuple):
     normalisers: int
     """Of CLIP's softmax over images: for every text a maximum and a sum, one all-reduce each. SigLIP has none."""
     vitals: int
+    buckets: int
+    """Of DDP."""
+    last_bucket: int
+    """Bytes of gradients that come when the backward pass is over: with the token embedding in it."""
+    last_bucket_images_first: int
+    """As it would be if images were encoded first, and texts went backward first."""
+    outside_blocks: int
+    """fp32 gradients of FSDP's last group."""
 
 
 class Compute(NamedTuple):
@@ -80,6 +100,7 @@ def measure_model(model: str, batch_size: int) -> dict[str, Any]:
     assert facts is not None
     plain = build_model(load_model_config(model), device="meta")
     blocks = len(tower_blocks(plain))
+    buckets, images_first = (ddp_buckets(plain, image_hw=facts.image_hw, images_first=order) for order in (False, True))
     traffic = Traffic(
         gradients=4 * facts.parameters,
         weights_half=2 * facts.parameters,
@@ -87,6 +108,10 @@ def measure_model(model: str, batch_size: int) -> dict[str, Any]:
         texts=WORLD * batch_size * facts.embed_dim * 4,
         normalisers=WORLD * batch_size * 2 * 4,
         vitals=_VITALS_BYTES,
+        buckets=len(buckets),
+        last_bucket=buckets[-1],
+        last_bucket_images_first=images_first[-1],
+        outside_blocks=4 * (facts.parameters - facts.block_parameters),
     )
     train_flops = 3 * 2 * facts.gmac * 1e9 * batch_size
     compute_s = train_flops / (PEAK_TFLOPS * 1e12 * MFU)
@@ -102,7 +127,46 @@ def measure_model(model: str, batch_size: int) -> dict[str, Any]:
         "image_forward_s": compute.image_forward_s,
         "traffic": traffic._asdict(),
         "networks": times,
+        "saved_by_texts_first": {
+            network.name: {str(ranks): saved_s(traffic, network, ranks=ranks, compute=compute) for ranks in _RANKS}
+            for network in NETWORKS
+        },
     }
+
+
+def ddp_buckets(model: Clip, *, image_hw: tuple[int, int], images_first: bool = False) -> list[int]:
+    """Bytes of DDP's buckets, in the order in which it sends them: gradients fill one until it has its size.
+
+    Args:
+        model: on ``meta``.
+        images_first: as if the image tower were the first one forward, and so the last one backward.
+    """
+    cap = bucket_cap_mib(model)
+    limits = [_FIRST_BUCKET, _DEFAULT_BUCKET] if cap is None else [cap * 2**20]
+    sizes = [0]
+    for nbytes in _gradients_in_order(model, image_hw, images_first=images_first):
+        if sizes[-1] >= limits[min(len(sizes), len(limits)) - 1]:
+            sizes.append(0)
+        sizes[-1] += nbytes
+    return sizes
+
+
+def _gradients_in_order(model: Clip, image_hw: tuple[int, int], *, images_first: bool) -> list[int]:
+    """Bytes of each, as the backward pass brings them: it runs, on tensors without memory."""
+    found: list[int] = []
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda parameter: found.append(parameter.nbytes))
+        for parameter in model.parameters()
+    ]
+    images = torch.empty(1, 3, *image_hw, device="meta")
+    texts = torch.zeros(1, model.context_length, dtype=torch.int64, device="meta")
+    towers = [partial(model.encode_text, texts), partial(model.encode_image, images)]
+    first, second = (tower() for tower in (reversed(towers) if images_first else towers))
+    ((first * second).sum() * model.logit_scale).backward()
+    model.zero_grad(set_to_none=True)
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def padded_elements(model: nn.Module, ranks: int) -> int:
@@ -114,26 +178,61 @@ def padded_elements(model: nn.Module, ranks: int) -> int:
 def network_times(traffic: Traffic, network: Network, *, blocks: int, compute: Compute) -> dict[str, float]:
     """Seconds of each exchange, and what of them the step waits for."""
     nodes = WORLD // network.gpus_per_node
-    ddp_s = all_reduce_s(traffic.gradients, network, nodes=nodes, messages=-(-traffic.gradients // _BUCKET_BYTES))
+    ddp_s = all_reduce_s(traffic.gradients, network, nodes=nodes, messages=traffic.buckets)
+    hsdp_s = _hsdp_s(traffic, network, blocks=blocks)
     volume = traffic.padded_share * (2 * traffic.weights_half + traffic.gradients)
     fsdp_s = gather_s(volume, network, nodes=nodes, messages=3 * blocks)
-    there_s = back_s = gather_s(traffic.texts, network, nodes=nodes, messages=1)
+    one_way_s = gather_s(traffic.texts, network, nodes=nodes, messages=1)
     normalisers_s = all_reduce_s(traffic.normalisers, network, nodes=nodes, messages=2)
     vitals_s = 2 * math.log2(nodes) * HOP_S
-    # Texts there behind the image tower. Back, gradients of weights queue up behind those of texts, for which the text
-    # tower's backward pass waits.
-    ahead_s = max(0.0, there_s - compute.image_forward_s)
-    behind_s = max(0.0, back_s - 2 * compute.image_forward_s, back_s + ddp_s - _BACKWARD_SHARE * compute.step_s)
+    tail_s = all_reduce_s(traffic.last_bucket, network, nodes=nodes, messages=1)
+    group_tail_s = gather_s(traffic.outside_blocks, network, nodes=nodes, messages=1)
+    copies_tail_s = _sum_of_copies_s(traffic.outside_blocks, network)
+    copies_tail_s += _in_copy_s(traffic.outside_blocks, network, messages=1)
+    always_s = normalisers_s + vitals_s
+    # FSDP's blocks of the image tower are gathered by the communicator of the texts, behind them, in both passes.
+    fsdp_exposed_s = 2 * one_way_s + max(0.0, fsdp_s - group_tail_s - compute.step_s) + group_tail_s
+    # HSDP's groups are others, but the adapters are the same.
+    beyond_tower_s = max(0.0, one_way_s - compute.image_forward_s) + max(0.0, one_way_s - 2 * compute.image_forward_s)
+    hsdp_beyond_s = max(beyond_tower_s, hsdp_s - copies_tail_s + 2 * one_way_s - compute.step_s)
     return {
         "ddp_s": ddp_s,
         "fsdp_s": fsdp_s,
-        "hsdp_s": _hsdp_s(traffic, network, nodes=nodes, blocks=blocks),
-        "texts_s": there_s + back_s,
+        "hsdp_s": hsdp_s,
+        "texts_s": 2 * one_way_s,
         "normalisers_s": normalisers_s,
         "vitals_s": vitals_s,
-        "exposed_s": ahead_s + behind_s + normalisers_s + vitals_s,
-        "exposed_fsdp_s": max(0.0, fsdp_s + there_s + back_s - compute.step_s) + normalisers_s + vitals_s,
+        "tail_s": tail_s,
+        "exposed_s": _exposed_texts_first_s(ddp_s - tail_s, one_way_s, compute) + tail_s + always_s,
+        "exposed_hsdp_s": hsdp_beyond_s + copies_tail_s + always_s,
+        "exposed_fsdp_s": fsdp_exposed_s + always_s,
     }
+
+
+def saved_s(traffic: Traffic, network: Network, *, ranks: int, compute: Compute) -> float:
+    """What a step with DDP waits less because texts are encoded first; negative where the larger tail costs more.
+
+    With images first the loss waits for the texts, and the text tower's backward pass, then the first, for their
+    gradients.
+    """
+    nodes = max(1, ranks // network.gpus_per_node)
+    one_way_s = gather_s(traffic.texts * ranks / WORLD, network, nodes=nodes, messages=1)
+    ddp_s = all_reduce_s(traffic.gradients, network, nodes=nodes, messages=traffic.buckets)
+    tail_s = all_reduce_s(traffic.last_bucket, network, nodes=nodes, messages=1)
+    small_tail_s = all_reduce_s(traffic.last_bucket_images_first, network, nodes=nodes, messages=1)
+    beyond_s = max(0.0, ddp_s - small_tail_s - _BACKWARD_SHARE * compute.step_s)
+    images_first_s = 2 * one_way_s + beyond_s + small_tail_s
+    return images_first_s - _exposed_texts_first_s(ddp_s - tail_s, one_way_s, compute) - tail_s
+
+
+def _exposed_texts_first_s(buckets_s: float, one_way_s: float, compute: Compute) -> float:
+    """Texts beyond the image tower in both passes, and all buckets but the last beyond the backward pass.
+
+    Back, gradients of weights queue up behind those of texts, for which the text tower's backward pass waits.
+    """
+    ahead_s = max(0.0, one_way_s - compute.image_forward_s)
+    behind_s = max(one_way_s - 2 * compute.image_forward_s, one_way_s + buckets_s - _BACKWARD_SHARE * compute.step_s)
+    return ahead_s + max(0.0, behind_s)
 
 
 def all_reduce_s(num_bytes: float, network: Network, *, nodes: int, messages: int) -> float:
@@ -150,26 +249,35 @@ def gather_s(num_bytes: float, network: Network, *, nodes: int, messages: int) -
     return max(between, within) + messages * (nodes - 1) * HOP_S
 
 
-def _hsdp_s(traffic: Traffic, network: Network, *, nodes: int, blocks: int) -> float:
+def _hsdp_s(traffic: Traffic, network: Network, *, blocks: int) -> float:
     """Weights and gradients within a copy (one node, or two), then the sums of the copies' rows over all of them."""
+    in_copy_s = _in_copy_s(2 * traffic.weights_half + traffic.gradients, network, messages=3 * blocks)
+    latency_s = (blocks - 1) * 2 * math.log2(WORLD // _SHARDED_RING) * HOP_S
+    return in_copy_s + _sum_of_copies_s(traffic.gradients, network) + latency_s
+
+
+def _in_copy_s(volume: float, network: Network, *, messages: int) -> float:
+    """All-gathers and reduce-scatters among the ranks that share a copy."""
     copy_nodes = max(1, _SHARDED_RING // network.gpus_per_node)
-    volume = 2 * traffic.weights_half + traffic.gradients
     if copy_nodes == 1:
-        in_copy = volume * (_SHARDED_RING - 1) / _SHARDED_RING / (network.gpu_gb_s * 1e9)
-    else:
-        in_copy = gather_s(volume, network, nodes=copy_nodes, messages=3 * blocks)
-    copies = WORLD // _SHARDED_RING
-    shares = traffic.gradients / copy_nodes  # of one copy, the rows that this node's adapters carry
-    return (
-        in_copy
-        + 2 * shares * (copies - 1) / copies / (network.node_gb_s * 1e9)
-        + blocks * (2 * math.log2(copies) * HOP_S)
-    )
+        return volume * (_SHARDED_RING - 1) / _SHARDED_RING / (network.gpu_gb_s * 1e9)
+    return gather_s(volume, network, nodes=copy_nodes, messages=messages)
+
+
+def _sum_of_copies_s(num_bytes: float, network: Network) -> float:
+    """All-reduce of one message over the copies of HSDP: of its bytes, the rows that a node's adapters carry."""
+    copies, copy_nodes = WORLD // _SHARDED_RING, max(1, _SHARDED_RING // network.gpus_per_node)
+    between = 2 * num_bytes / copy_nodes * (copies - 1) / copies / (network.node_gb_s * 1e9)
+    return between + 2 * math.log2(copies) * HOP_S
 
 
 def tables(result: Result) -> Tables:
     """Markdown by name."""
-    return {"network_bytes": _bytes_table(result), "network_times": _times_table(result)}
+    return {
+        "network_bytes": _bytes_table(result),
+        "network_times": _times_table(result),
+        "network_order": _order_table(result),
+    }
 
 
 def _bytes_table(result: Result) -> str:
@@ -205,12 +313,34 @@ def _times_table(result: Result) -> str:
                     network,
                     seconds(row["compute_s"]),
                     *(seconds(times[name]) for name in ("ddp_s", "hsdp_s", "fsdp_s", "texts_s", "normalisers_s")),
-                    seconds(times["exposed_s"]),
-                    f"{100 * times['exposed_s'] / (times['exposed_s'] + row['compute_s']):.0f} %",
+                    *(_exposed(times[name], row["compute_s"]) for name in _EXPOSED),
                 ]
             )
     header = ["model", "network", f"compute at {100 * result['assumed']['mfu']:.0f} % MFU", "DDP", "HSDP-8", "FSDP"]
-    return table([*header, "texts, both ways", "normalisers", "exposed with DDP", "of the step"], body)
+    return table([*header, "texts, both ways", "normalisers", *_EXPOSED.values()], body)
+
+
+_EXPOSED = {"exposed_s": "exposed with DDP", "exposed_hsdp_s": "with HSDP-8", "exposed_fsdp_s": "with FSDP"}
+
+
+def _exposed(value: float, compute_s: float) -> str:
+    return f"{seconds(value)}, {100 * value / (value + compute_s):.1f} %"
+
+
+def _order_table(result: Result) -> str:
+    body = [
+        [
+            row["model"],
+            network,
+            *(f"{row['traffic'][name] / 2**20:.0f}" for name in ("last_bucket_images_first", "last_bucket")),
+            seconds(row["networks"][network]["tail_s"]),
+            *(f"{1e3 * value:+.1f}" for value in saved.values()),
+        ]
+        for row in result["models"]
+        for network, saved in row["saved_by_texts_first"].items()
+    ]
+    header = ["model", "network", "last bucket, MiB, images first", "texts first", f"its time on {WORLD:,} ranks"]
+    return table([*header, *(f"texts first saves on {ranks:,}, ms" for ranks in _RANKS)], body)
 
 
 if __name__ == "__main__":

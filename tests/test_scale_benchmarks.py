@@ -26,8 +26,11 @@ from benchmarks import (
 from benchmarks.scale_goodput import Plan
 from benchmarks.scale_jobs import BOOSTER, LEGS, NETWORKS, XXLARGE
 from benchmarks.scale_memory import full_size
+from benchmarks.scale_network import Compute, Traffic, network_times, saved_s
 from benchmarks.scale_rank import Setting, exchange
 from benchmarks.scale_world import LiveMemory, fake_world
+from models.config import load_model_config
+from models.factory import build_model
 from training.config import LossConfig
 from training.data.lanes import LanePosition
 from training.data.position import read_position
@@ -221,6 +224,32 @@ def test_an_exchange_takes_as_long_as_the_adapters_of_a_node():
     assert gigabyte_s == pytest.approx(2 / 80, rel=0.01)  # 800 Gbit/s at 80 %, both ways
     slower = [scale_network.gather_s(1e9, network, nodes=128, messages=1) for network in NETWORKS]
     assert slower == sorted(slower)
+
+
+def test_buckets_are_those_of_ddp_and_the_last_one_has_the_token_embedding():
+    model = build_model(load_model_config("demo-vit"), device="meta")
+    image_hw = (model.config.vision_cfg.image_size,) * 2
+    sizes = scale_network._gradients_in_order(model, image_hw, images_first=False)
+    assert sum(sizes) == sum(parameter.nbytes for parameter in model.parameters())
+    assert sizes[-1] == model.token_embedding.weight.nbytes
+    limits = [scale_network._FIRST_BUCKET, scale_network._DEFAULT_BUCKET]
+    expected, _ = torch.distributed._compute_bucket_assignment_by_size(
+        [torch.empty(size // 4) for size in sizes], limits
+    )
+    found = scale_network.ddp_buckets(model, image_hw=image_hw)
+    assert found == [sum(sizes[place] for place in bucket) for bucket in expected]
+
+
+def test_what_hides_nothing_is_exposed():
+    facts = dict.fromkeys(Traffic._fields, 0) | {"padded_share": 1.0, "gradients": 6e8, "buckets": 16}
+    traffic = Traffic(**facts | {"texts": 2e9, "last_bucket": 1e8, "last_bucket_images_first": 1e7})
+    compute = Compute(step_s=10.0, image_forward_s=3.0)
+    times = network_times(traffic, BOOSTER, blocks=24, compute=compute)
+    assert times["exposed_s"] == pytest.approx(times["tail_s"] + times["vitals_s"] + times["normalisers_s"])
+    assert times["exposed_fsdp_s"] > times["texts_s"] > times["exposed_hsdp_s"]
+    saved = [saved_s(traffic, BOOSTER, ranks=ranks, compute=compute) for ranks in (8, 1024)]
+    assert saved[0] < 0 < saved[1]
+    assert saved[1] == pytest.approx(times["texts_s"] - 0.9 * 2 * 1e8 / 80e9, rel=0.02)
 
 
 def test_missing_results_are_named(tmp_path):

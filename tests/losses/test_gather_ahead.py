@@ -157,7 +157,8 @@ def test_one_process_rounds_nothing():
 
 
 @pytest.mark.parametrize("config", LOSSES)
-def test_neither_texts_nor_their_gradients_wait_in_memory_for_the_image_tower(config):
+def test_the_graph_holds_neither_texts_nor_their_gradients_while_the_image_tower_computes(config):
+    """What a collective holds is not in it: with NCCL the gradients, 4 G E bytes, until they are waited for."""
     all_texts = 64 * 64 * 64 * 4
     images, texts, scale, bias = [value.requires_grad_() for value in features(64)]
     seen = []

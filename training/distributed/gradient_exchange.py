@@ -28,9 +28,10 @@ _BUCKETS = 16
 def bucket_cap_mib(model: nn.Module) -> int | None:
     """Size of a bucket; None for torch's own (25 MiB, the first one 1 MiB).
 
-    Nothing hides the last bucket, so it should be a small share of all: a sixteenth. From 200 MiB on a bucket is sent
-    at the network's full rate, and larger ones would only start later. The choice depends on the model alone: a
-    resumed run adds up in the same order.
+    A sixteenth of all, so that most of them start early. From 200 MiB on a bucket is sent at the network's full rate,
+    and larger ones would only start later. The last one, which nothing hides, is no smaller than the token embedding,
+    whose gradient comes last in one piece. The choice depends on the model alone: a resumed run adds up in the same
+    order.
     """
     nbytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     size = min(_LARGEST_MIB, nbytes // _BUCKETS // 2**20)
