@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import re
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -127,6 +128,17 @@ def test_every_refusal_says_what_to_use_instead():
 def test_the_nearest_name_is_none_where_nothing_is_near():
     assert nearest("--batch-sise", BY_OPTION) == " (nearest: --batch-size)"
     assert nearest("--xyzzy", BY_OPTION) == ""
+
+
+def test_every_flag_in_the_page_on_performance_exists() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text()
+    techniques = page.partition("## Techniques")[2].partition("\n## ")[0]
+    rows = "\n".join(line for line in techniques.splitlines() if line.startswith("|"))
+    # Flags of a run stand in backticks, first or after others; those of benchmarks follow a program's name.
+    commands = re.findall(r"`(--[^`]+)`", rows)
+    options = {option for command in commands for option in re.findall(r"--[a-z0-9-]+", command)}
+    assert len(options) > 15
+    assert not [option for option in options if option not in BY_OPTION]
 
 
 def test_the_document_holds_the_table():
