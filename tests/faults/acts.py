@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tests.scaled_loss import ScaledLoss
 from training.checkpoint.manifest import DamagedCheckpoint, describe
 from training.data.storage_errors import StorageError
 
@@ -194,7 +195,7 @@ def scale_loss(moment: Moment, *, factor: float) -> None:
     """The loss of this rank, and with it all gradients; at ``step``."""
     train_step = moment.args[0]
     loss = train_step.loss
-    train_step.loss = lambda *outputs: loss(*outputs) * factor
+    train_step.loss = ScaledLoss(loss, factor)
     moment.undo.append(lambda: setattr(train_step, "loss", loss))
 
 
