@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from benchmarks.model_facts import CudaAutocastPolicy, to_fake_cpu
 from benchmarks.open_clip_models import build_open_clip, open_clip_inputs
 from benchmarks.scale_world import LiveMemory
-from benchmarks.training_flops import ending_at
+from benchmarks.training_flops import count_flops, ending_at
 from models.factory import create_model
 from models.packing import pack_texts
 from training.config import EngineConfig
@@ -41,7 +41,8 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "selective": _SELECTIVE,
     "both": {**_COMPILED, **_SELECTIVE},
 }
-_BATCHES = (16, 32)
+BATCHES = (16, 32)
+"""The two sizes."""
 _ALONE = Runtime(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
@@ -53,13 +54,14 @@ def saved_by_us(model_name: str, lengths: Sequence[int], *, way: str) -> float:
         way: one of ``WAYS``.
     """
     model, config, _ = create_model(model_name, device="meta")
+    assert len(lengths) >= BATCHES[-1]
     engine = EngineConfig(device="cpu", **WAYS[way])
     count = _count_saved if engine.torchcompile else _count_live
     counts = []
     with _without_memory() as mode:
         to_fake_cpu(model.train())
         trained = parallelize(model, config=engine, runtime=_ALONE)
-        for batch_size in _BATCHES:
+        for batch_size in BATCHES:
             images = torch.empty(batch_size, 3, *config.vision_cfg.image_hw)
             with unset_fake_temporarily():
                 texts = pack_texts(ending_at(lengths[:batch_size], config.text_cfg.context_length))
@@ -70,13 +72,33 @@ def saved_by_us(model_name: str, lengths: Sequence[int], *, way: str) -> float:
     return _per_pair(counts)
 
 
+def flops_computed_again(model_name: str, lengths: Sequence[int], *, way: str = "selective") -> float:
+    """What the backward pass computes a second time, as a share of the FLOPs of training without it."""
+    without, with_it = (_training_flops(model_name, lengths, way=chosen) for chosen in ("plain", way))
+    return with_it / without - 1
+
+
+def _training_flops(model_name: str, lengths: Sequence[int], *, way: str) -> int:
+    model, config, _ = create_model(model_name, device="meta")
+    trained = parallelize(model.train(), config=EngineConfig(device="cpu", **WAYS[way]), runtime=_ALONE)
+    images = torch.empty(len(lengths), 3, *config.vision_cfg.image_hw, device="meta")
+    texts = pack_texts(ending_at(lengths, config.text_cfg.context_length)).to("meta")
+
+    def forward() -> Tensor:
+        output = trained(images, texts)
+        total: Tensor = output.image_features.sum() + output.text_features.sum()
+        return total
+
+    return count_flops(forward)
+
+
 def saved_by_open_clip(model_name: str) -> float:
     """Bytes per pair, captions of full length."""
     model = build_open_clip(model_name)
     counts = []
     with _without_memory():
         to_fake_cpu(model)
-        for batch_size in _BATCHES:
+        for batch_size in BATCHES:
             images, texts = open_clip_inputs(model, batch_size, device="cpu")
             before = [*model.parameters(), *model.buffers(), images, texts]
             counts.append(_count_live(partial(model, images, texts), before))
@@ -84,7 +106,7 @@ def saved_by_open_clip(model_name: str) -> float:
 
 
 def _per_pair(counts: Sequence[int]) -> float:
-    return (counts[1] - counts[0]) / (_BATCHES[1] - _BATCHES[0])
+    return (counts[1] - counts[0]) / (BATCHES[1] - BATCHES[0])
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.batches import caption_lengths
 from benchmarks.open_clip_models import borrow_weights, build_open_clip, open_clip_inputs
-from benchmarks.scale_loss import FORMS
+from benchmarks.scale_loss import FORMS, count_bytes
 from benchmarks.scale_world import fake_world
 from benchmarks.training_flops import count_flops, ending_at
 from models.factory import create_model
@@ -30,6 +30,7 @@ from training.config import EngineConfig, LossConfig
 from training.distributed.parallelize import parallelize
 from training.distributed.runtime import Runtime
 from training.losses import build_loss
+from training.losses.tiles import TILE_ELEMENTS
 
 TINY = "demo-vit"
 OUR_LOSS = "CLIP"
@@ -112,16 +113,21 @@ def gathered_units(form: str, *, world: int = 64) -> float:
     return sum(call.num_bytes for call in calls) / unit
 
 
-def stored_logits(form: str, *, world: int = 64, batch_size: int = 1024) -> int:
-    """Tensors of B x G numbers or more that loss and backward pass make."""
+def large_tensors_of_loss(form: str, *, world: int = 64, batch_size: int = 1024) -> int:
+    """Tensors of more than a tile's numbers that loss and backward pass make. B x G is eight tiles."""
     found: list[int] = []
 
     def seen(_: str, made: list[Tensor]) -> None:
-        found.extend(tensor.numel() for tensor in made if tensor.numel() >= world * batch_size**2)
+        found.extend(tensor.numel() for tensor in made if tensor.numel() > TILE_ELEMENTS)
 
     with fake_world(world), FakeTensorMode(), _Watch(seen):
         _step_of_loss(form, batch_size, 8)
     return len(found)
+
+
+def memory_of_loss(form: str, *, world: int = 1024, batch_size: int = 1024) -> float:
+    """Peak of loss and backward pass, in units of an fp32 matrix of B x G: also of one kept in many tiles."""
+    return count_bytes(form, batch_size, 8, world=world) / (4 * world * batch_size**2)
 
 
 def _step_of_loss(form: str, batch_size: int, width: int) -> None:
