@@ -17,11 +17,11 @@ from tests.end_to_end.conftest import run_here as run_here
 from tests.factories import write_shards
 from training.checkpoint.config_change import check_config_change, remarks
 from training.checkpoint.positions import PositionTable, ResizedRows, Resizing
-from training.cli import config_values, parse
+from training.cli import config_values, parse, with_model_defaults
 from training.config import Config, ModelConfig
+from training.phase_check import check_models
 from training.phases import Phases, past_differs, read_phases
 from training.plan import TrainPlan
-from training.stage import check_models
 from training.work import Work
 
 RECIPES = Path(__file__).resolve().parents[1] / "configs" / "phases"
@@ -30,7 +30,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "configs" / "phases"
 def phases_of(tmp_path: Path, text: str, *, model: str = "ViT-B-32") -> Phases:
     path = tmp_path / "phases.yaml"
     path.write_text(text)
-    config = Config(model=ModelConfig(model=model))
+    config = with_model_defaults(Config(model=ModelConfig(model=model)))
     config = replace(config, data=replace(config.data, train_data="x.tar"))
     return read_phases(replace(config, schedule=replace(config.schedule, phases=str(path))))
 

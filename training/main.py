@@ -37,6 +37,7 @@ from training.distributed.hang_board import HangBoard
 from training.distributed.job_end import JobEnd
 from training.distributed.runtime import Runtime, close_runtime, collective_timeout, start_runtime
 from training.observability.console import set_up_logging
+from training.phase_check import agreed_phases, check_length
 from training.precision import Precision, build_precision, cast_parameters
 from training.resilience.exit_codes import BAD_USAGE, DO_NOT_REQUEUE
 from training.resilience.heartbeat import Heartbeat, killed_ranks
@@ -58,10 +59,7 @@ from training.run import (
 from training.stage import (
     Lasting,
     Prepared,
-    agreed_phases,
-    base_batch,
     build_first_stage,
-    check_length,
     prepare,
     run_stages,
 )
@@ -158,10 +156,9 @@ def _build(run: Run, preemption: Preemption, watchdog: Watchdog) -> Callable[[],
     stage, origin = build_first_stage(run, phases, find_source(run), precision=precision)
     plan, loader, state = stage.plan, stage.parts.loader, stage.parts.state
     check_length(run, phases, plan)
-    state.schedule_batch = state.schedule_batch or base_batch(run)
     record_settings(run, stage.trained.built.model, plan, phases=phases)
     record_start(run, loader, first_step=state.step, origin=origin, phases=phases)
-    reporter = build_reporter(run, loader_samples=loader.num_samples, first_step=state.step)
+    reporter = build_reporter(run, loader_samples=stage.epoch_shown, first_step=state.step)
     lasting = Lasting(
         run=run,
         phases=phases,

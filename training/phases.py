@@ -91,16 +91,40 @@ class Phases:
             if phase.end is not None and phase.end - phase.begin < batch * ranks:
                 length = phase.end - phase.begin
                 remarks.append(f"Phase {phase.number} has {length} samples, less than one step of {batch * ranks}.")
-        unreached = [phase for phase in self.all if phase.begin >= samples_per_epoch * epochs]
+        total = samples_per_epoch * epochs
+        remarks += [
+            f"Phase {phase.number} is left out: the last step of the phase before ends after {seen:,} samples, and its "
+            f"until_samples are {phase.end:,}."
+            for phase, seen, steps in self._walk(total, ranks=ranks)
+            if steps == 0 and phase.begin < total
+        ]
+        unreached = [phase for phase in self.all if phase.begin >= total]
         if unreached:
             remarks.append(
-                f"The run ends after {samples_per_epoch * epochs:,} samples, so phase {unreached[0].number} (from "
+                f"The run ends after {total:,} samples, so phase {unreached[0].number} (from "
                 f"{unreached[0].begin:,}) is never reached: lower until_samples in {self.path}, or raise --epochs."
             )
         return remarks
 
+    def steps_until(self, samples: int, *, ranks: int) -> int:
+        """Steps that a run takes on its way to so many samples.
+
+        Args:
+            ranks: times micro-steps: batches in a step.
+        """
+        return sum(steps for _, _, steps in self._walk(samples, ranks=ranks))
+
+    def _walk(self, total: int, *, ranks: int) -> Iterator[tuple[Phase, int, int]]:
+        """(phase, samples seen when it begins, its steps): a last step may reach into the next phase, and past it."""
+        seen = 0
+        for phase in self.all:
+            size = phase.config.data.batch_size * ranks
+            steps = max(0, -(-((total if phase.end is None else min(phase.end, total)) - seen) // size))
+            yield phase, seen, steps
+            seen += steps * size
+
     def _place(self, phase: Phase) -> str:
-        return _place(self.path, phase.number)
+        return _place(self.path, phase.number) if self.path is not None else "--batch-size"
 
 
 def read_phases(config: Config) -> Phases:

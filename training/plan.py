@@ -44,9 +44,9 @@ class TrainPlan:
         """Steps of the present size since the epoch began."""
         return seen % self.samples_per_epoch // self.samples_per_step
 
-    def begins_epoch(self, seen: int) -> bool:
-        """Whether the step before was the last of its epoch."""
-        return self.place_in_epoch(seen) == 0
+    def begins_epoch(self, seen: int, *, last_batch: int) -> bool:
+        """Whether the step before, of so many samples, was the last of its epoch; 0: of as many as the next one."""
+        return self.epoch_at(seen) > self.epoch_at(seen - (last_batch or self.samples_per_step))
 
     def ends_epoch(self, seen: int) -> bool:
         """Whether the step is the last of its epoch."""

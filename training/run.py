@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from models.clip import Clip
 from training.checkpoint.branch import BranchPoint, find_branch_point, has_own_checkpoint
 from training.checkpoint.checkpointer import Checkpointer
+from training.checkpoint.export import read_epoch_file
 from training.checkpoint.manifest import DamagedCheckpoint, read_train
 from training.checkpoint.mirror import Mirror
 from training.checkpoint.mirror_run import bring_back, fetch_resume, is_remote_run, open_mirror
@@ -129,6 +130,8 @@ class Source(NamedTuple):
     branch: BranchPoint | None = None
     samples_seen: int = 0
     """As far as can be seen before it is read and verified."""
+    epoch: int = 0
+    """The same of a file that tells nothing else, where the phase depends on it."""
 
 
 def find_source(run: Run) -> Source:
@@ -144,14 +147,19 @@ def find_source(run: Run) -> Source:
     if path is None:
         logger.info("Run %s has no checkpoint yet: starting from the beginning.", run.name)
         return Source()
+    if path.endswith(".pt"):
+        has_phases = run.config.schedule.phases is not None
+        # collective: all ranks
+        epoch = on_first_rank(lambda: read_epoch_file(path).epoch if has_phases else 0, rank=run.runtime.rank)
+        return Source(path, branch, epoch=epoch)
     samples_seen = on_first_rank(lambda: _samples_seen(Path(path)), rank=run.runtime.rank)  # collective: all ranks
     return Source(path, branch, samples_seen)
 
 
 def _samples_seen(path: Path) -> int:
-    """0 of OpenCLIP's files, and of a checkpoint that cannot be read: whoever loads it says so."""
+    """0 of a checkpoint that cannot be read: whoever loads it says so."""
     try:
-        return int(read_train(path)["samples_seen"]) if path.suffix != ".pt" else 0
+        return int(read_train(path)["samples_seen"])
     except (DamagedCheckpoint, KeyError):
         return 0
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 
 from models.factory import BuiltModel
-from models.profile import training_flops
 from models.text_form import cut_texts
 from training.assembly import (
     TrainedModel,
@@ -28,7 +27,6 @@ from training.assembly import (
     build_evaluations,
     build_loader,
     build_measurement,
-    build_model,
     build_parts,
     build_plan,
     build_saver,
@@ -39,28 +37,29 @@ from training.assembly import (
     seed_all,
 )
 from training.checkpoint.checkpointer import Checkpointer
-from training.checkpoint.config_change import ConfigChange, check_config_change, remarks
-from training.checkpoint.epoch_loading import whole_shapes
+from training.checkpoint.manifest import DamagedCheckpoint
 from training.checkpoint.mirror import Mirror
-from training.checkpoint.positions import find_resizing
-from training.checkpoint.run_state import RunParts, names_a_run, restore
+from training.checkpoint.run_state import RunParts
 from training.cli import config_values
+from training.data.storage import StorageError
 from training.data.trace import SampleTrace
-from training.distributed.start_up import on_first_rank
 from training.evaluation.evaluators import Evaluator
 from training.garbage import CollectionInStep
 from training.losses.build import build_loss
 from training.observability.events import EventLog, read_events
 from training.observability.reporter import Reporter
 from training.observability.sinks import evaluated_epochs
-from training.phases import Phase, Phases, read_phases
+from training.phase_check import first_plan
+from training.phases import Phase, Phases
 from training.plan import TrainPlan
 from training.precision import Precision
-from training.resilience.escalation import Escalation
+from training.resilience.exit_codes import BAD_USAGE
 from training.resilience.preemption import Preemption
 from training.resilience.watchdog import Watchdog
+from training.resuming import load, resume
 from training.run import Origin, Run, Source
 from training.state import TrainState
+from training.supervisor import Supervisor, Tally
 from training.train import Ending, train
 from training.train_step import TrainStep
 from training.work import Work
@@ -84,6 +83,8 @@ class Stage(NamedTuple):
     """``--lr``, or the default of an optimizer that was given none."""
     beta2: float | None
     """None for optimizers without."""
+    epoch_shown: int
+    """Samples of an epoch in the log: as OpenCLIP counts them, also those that fill no batch."""
 
 
 @dataclass(frozen=True)
@@ -108,81 +109,7 @@ class Prepared(NamedTuple):
 
     train: Callable[..., Ending]
     state: TrainState
-
-
-def agreed_phases(run: Run) -> tuple[Phases, Work]:
-    """The phases of a run, and what they cost. Collective: all ranks.
-
-    Raises:
-        ValueError: the file does not describe phases, or one that the model cannot go through; on all ranks.
-    """
-
-    def read() -> tuple[Phases, Sequence[int] | None]:
-        phases = read_phases(run.config)
-        return phases, None if phases.path is None else check_models(phases)
-
-    phases, flops = on_first_rank(read, rank=run.runtime.rank)
-    return phases, Work(phases, flops, phases.all[0])
-
-
-def check_models(phases: Phases) -> Sequence[int] | None:
-    """Builds the model of every phase without memory, and counts the FLOPs of a sample; None for towers that cannot.
-
-    Raises:
-        ValueError: a phase that the model cannot go through, or not after the phases before.
-    """
-    counts: list[int | None] = []
-    shapes: dict[str, tuple[int, ...]] = {}
-    for phase in phases.all:
-        try:
-            built = build_model(phase.config, skeleton=True)
-            counts.append(_check_model(phase, built, shapes))
-        # What a tower of others thinks of an image size, it says in its forward pass.
-        except (ValueError, RuntimeError, AssertionError) as error:
-            raise ValueError(f"--phases {phases.path}, phase {phase.number}: {error}") from error
-        shapes = whole_shapes(built.model)
-    counted = [count for count in counts if count is not None]
-    return counted if len(counted) == len(counts) else None
-
-
-def _check_model(phase: Phase, built: BuiltModel, before: Mapping[str, tuple[int, ...]]) -> int | None:
-    cut_texts(built.config, phase.text_length)
-    drops = any(type(module).__name__.startswith("PatchDropout") for module in built.model.visual.modules())
-    if phase.settings.get("patch_dropout") and not drops:
-        raise ValueError(
-            f"patch_dropout {phase.settings['patch_dropout']}: the image tower of '{built.config.name}' has no patches "
-            "to drop; leave it out"
-        )
-    shapes = whole_shapes(built.model)
-    resizing = find_resizing(built.model, shapes, before) if before else None
-    resized = None if resizing is None else resizing.table.name
-    other = [name for name in shapes if before and before.get(name) != shapes[name] and name != resized]
-    if other:
-        raise ValueError(
-            f"at this image size {other[0]} has the shape {shapes[other[0]]} and before {before.get(other[0])}, and "
-            "only position embeddings of square grids are resized: keep the image size, or choose another model"
-        )
-    if built.config.text_cfg.hf_model_name is not None:
-        return None
-    image = {id(parameter) for parameter in built.model.visual.parameters()}
-    trained = [parameter for parameter in built.model.parameters() if parameter.requires_grad and parameter.ndim > 0]
-    return training_flops(
-        built.config,
-        text_length=phase.text_length,
-        trains_image=any(id(parameter) in image for parameter in trained),
-        trains_text=any(id(parameter) not in image for parameter in trained),
-    )
-
-
-def check_length(run: Run, phases: Phases, plan: TrainPlan) -> None:
-    """Says what is odd about phases, now that the length of the run is known.
-
-    Raises:
-        ValueError: a step that is more than an epoch.
-    """
-    ranks = run.runtime.world_size * plan.accum_freq
-    for remark in phases.check(samples_per_epoch=plan.samples_per_epoch, epochs=plan.epochs, ranks=ranks):
-        logger.warning("%s", remark)
+    supervisor: Supervisor
 
 
 def base_batch(run: Run) -> int:
@@ -231,6 +158,7 @@ def build_stage(run: Run, phases: Phases, phase: Phase, *, precision: Precision,
         parts=parts,
         lr=float(optimizer.param_groups[0]["lr"]),
         beta2=optimizer.defaults["betas"][1] if "betas" in optimizer.defaults else None,
+        epoch_shown=loader.num_samples,
     )
 
 
@@ -242,16 +170,28 @@ def _may_change_image_size(run: Run) -> bool:
 
 def build_first_stage(run: Run, phases: Phases, source: Source, *, precision: Precision) -> tuple[Stage, Origin]:
     """The stage that this start begins or goes on with, restored. Collective: all ranks."""
-    phase = phases.at(source.samples_seen)
+    plan = first_plan(run, phases)
+    phase = phases.at(source.samples_seen or (source.epoch * plan.samples_per_epoch if plan else 0))
     while True:
         stage = build_stage(run, phases, phase, precision=precision)
-        origin = _resume(run, stage, source, phases=phases)
+        origin = resume(run, stage.parts, source, plan=stage.plan, phases=phases)
         phase = phases.at(stage.parts.state.samples_seen)
         if phase is stage.phase:
-            return stage, origin
+            return _as_begun(run, stage), origin
         # The newest checkpoint is damaged, and the one before it of an earlier phase.
         del stage
         _free_memory(run)
+
+
+def _as_begun(run: Run, stage: Stage) -> Stage:
+    """With the epoch, and the step of the schedule, of the first start."""
+    state = stage.parts.state
+    state.schedule_batch = state.schedule_batch or base_batch(run)
+    if state.samples_per_epoch in (0, stage.plan.samples_per_epoch):
+        state.samples_per_epoch = stage.plan.samples_per_epoch
+        return stage
+    plan = replace(stage.plan, samples_per_epoch=state.samples_per_epoch)
+    return stage._replace(plan=plan, epoch_shown=plan.samples_per_epoch)
 
 
 def prepare(lasting: Lasting, stage: Stage) -> Prepared:
@@ -310,6 +250,7 @@ def prepare(lasting: Lasting, stage: Stage) -> Prepared:
             runtime=run.runtime,
         ),
         parts.state,
+        supervisor,
     )
 
 
@@ -323,11 +264,23 @@ def run_stages(lasting: Lasting, prepared: list[Prepared]) -> Ending:
         stage = prepared.pop()
         with CollectionInStep(lasting.run.config.engine.gc_every_n_steps) as garbage:
             ending = stage.train(garbage=garbage)
-        state = stage.state
+        state, tally = stage.state, stage.supervisor.tally()
         del stage
         if ending is not Ending.PHASE:
             return ending
-        prepared.append(_next_stage(lasting, state))
+        prepared.append(_begin_next(lasting, state, tally))
+
+
+def _begin_next(lasting: Lasting, state: TrainState, tally: Tally) -> Prepared:
+    """The next stage; what keeps it from beginning is one line, and a code."""
+    try:
+        return _next_stage(lasting, state, tally)
+    except (ValueError, DamagedCheckpoint, StorageError) as error:
+        if lasting.run.config.logging.debug:
+            raise
+        logger.error("The next phase cannot begin: %s", error)
+        # Storage may come back, and instead of a checkpoint that is damaged another start takes the one before.
+        raise SystemExit(BAD_USAGE if isinstance(error, ValueError) else 1) from error
 
 
 def settings_of(run: Run, phases: Phases) -> dict[str, Any]:
@@ -335,23 +288,25 @@ def settings_of(run: Run, phases: Phases) -> dict[str, Any]:
     return config_values(run.config) | {"phases": phases.as_json()}
 
 
-def _next_stage(lasting: Lasting, state: TrainState) -> Prepared:
+def _next_stage(lasting: Lasting, state: TrainState, tally: Tally) -> Prepared:
     run = lasting.run
     assert run.paths is not None  # without, --phases are refused
     lasting.watchdog.start_again()
     _free_memory(run)
     phase = lasting.phases.at(state.samples_seen)
     stage = build_stage(run, lasting.phases, phase, precision=lasting.precision, reads_weights=False)
-    restore(
+    load(
         str(Checkpointer(run.paths.checkpoints).path(state.step)),
+        run,
         stage.parts,
-        runtime=run.runtime,
-        steps_per_epoch=stage.plan.steps_per_epoch,
-        samples_per_step=stage.plan.samples_per_step,
+        plan=stage.plan,
+        phases=lasting.phases,
     )
     if lasting.reporter is not None:
         lasting.reporter.restart_clock()
-    return prepare(lasting, stage)
+    prepared = prepare(lasting, _as_begun(run, stage))
+    prepared.supervisor.go_on_from(tally)
+    return prepared
 
 
 def _free_memory(run: Run) -> None:
@@ -389,44 +344,3 @@ def _announce(lasting: Lasting, stage: Stage) -> None:
     if not known or (known[-1].get("number"), known[-1].get("settings")) != (phase.number, dict(phase.settings)):
         facts |= {"gflops_per_sample": None if flops is None else flops / 1e9, "samples_seen": state.samples_seen}
         lasting.events.write(state.step, "phase", number=phase.number, settings=dict(phase.settings), **facts)
-
-
-def _resume(run: Run, stage: Stage, source: Source, *, phases: Phases) -> Origin:
-    """Restores what ``--resume`` or ``--branch-from`` names, if its settings allow that. Collective: all ranks.
-
-    Args:
-        run: with the settings of the flags.
-    """
-    parts, plan, branch = stage.parts, stage.plan, source.branch
-    if source.path is None:
-        return Origin()
-    change = ConfigChange()
-
-    def judge(saved: Mapping[str, Any]) -> None:
-        nonlocal change
-        branches = branch is not None
-        change = check_config_change(
-            saved, run.config, world_size=run.runtime.world_size, phases=phases.as_json(), branches=branches
-        )
-        parts.loader.accepts_new_stream = branches or change.allows_other_data
-        for line in remarks(change, saved, run.config):
-            logger.info("%s", line)
-
-    loaded = restore(
-        source.path,
-        parts,
-        runtime=run.runtime,
-        steps_per_epoch=plan.steps_per_epoch,
-        samples_per_step=plan.samples_per_step,
-        fall_back=branch is None and names_a_run(str(run.config.checkpoint.resume)),
-        judge=judge,
-    )
-    if loaded.endswith(".pt"):
-        parts.state.samples_seen = parts.state.step // plan.steps_per_epoch * plan.samples_per_epoch
-    if change.unsettles and parts.guard is not None and parts.escalation is not None:
-        parts.guard.settle()
-        parts.escalation.settle()
-    if parts.escalation is not None and (branch is not None or {"lr", "beta2"} & change.as_json().keys()):
-        # Somebody has decided anew what the guard had lowered.
-        parts.escalation.load_state_dict(Escalation(run.config.resilience).state_dict())
-    return Origin(loaded, change.as_json(), None if branch is None else branch.as_json())

@@ -14,3 +14,7 @@ class TrainState:
     """Samples of all ranks that went into updates."""
     schedule_batch: int = 0
     """Global batch at the first start: the steps of the schedule, ``--warmup`` among them, are steps of so many."""
+    samples_per_epoch: int = 0
+    """As the first start counted them: an epoch of the same data is as long on any number of ranks. 0: not known."""
+    last_batch: int = 0
+    """Global batch of the last step, which may have reached into the next epoch; 0: not known."""

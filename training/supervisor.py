@@ -74,6 +74,14 @@ class Decision(NamedTuple):
     """The ranks differ: going on as they are is no choice."""
 
 
+class Tally(NamedTuple):
+    """What is counted through all phases of a process."""
+
+    divergences: int
+    """How often the ranks differed."""
+    dropped_saves: int
+
+
 @dataclass(frozen=True)
 class Watch:
     """What a run is watched with, beside its model and data."""
@@ -129,6 +137,17 @@ class Supervisor:
     def lr_factor(self) -> float:
         """What the scheduled learning rate is multiplied with, while a run is damped."""
         return self._watch.escalation.lr_factor if self._watch.guard.acts else 1.0
+
+    def tally(self) -> Tally:
+        """What the next phase goes on counting."""
+        return Tally(self._divergences, 0 if self._saver is None else self._saver.dropped)
+
+    def go_on_from(self, tally: Tally) -> None:
+        """Another phase of the same process has begun, from the checkpoint that the one before has just saved."""
+        self._divergences = tally.divergences
+        if self._saver is not None:
+            self._saver.dropped = tally.dropped_saves
+            self._saver.note_saved(self._parts.state.step)
 
     def asked_to_stop(self) -> bool:
         """Whether any rank received a signal, where no step's vitals carry the question. Collective: all ranks."""

@@ -21,6 +21,7 @@ from training.garbage import CollectionInStep
 from training.measurement import Measurement
 from training.observability.reporter import Reporter
 from training.plan import TrainPlan
+from training.state import TrainState
 from training.supervisor import Supervisor
 from training.train_step import TrainStep
 
@@ -75,9 +76,9 @@ def train(
     if supervisor.asked_to_stop():
         supervisor.end_by_signal(epoch=epoch)
         return Ending.STOPPED
-    if saver is not None and plan.begins_epoch(state.samples_seen):
+    if saver is not None and plan.begins_epoch(state.samples_seen, last_batch=state.last_batch):
         saver.export_owed(epoch)
-    owed = _owed_evaluation(plan, state.samples_seen, evaluated=evaluated, runtime=runtime)
+    owed = _owed_evaluation(plan, state, evaluated=evaluated, runtime=runtime)
     if owed is not None:
         with garbage.automatic():
             _evaluate(owed, state.step, evaluate=evaluate, saver=saver, supervisor=supervisor, reporter=reporter)
@@ -139,6 +140,7 @@ def _consume(
             trace.append(parts.state.step, record.samples)
     parts.state.step += 1
     parts.state.samples_seen += plan.samples_per_step
+    parts.state.last_batch = plan.samples_per_step
 
 
 def _record(batch: DeviceBatch) -> BatchRecord:
@@ -153,10 +155,16 @@ def _next_micro_batches(batches: Iterator[DeviceBatch], count: int) -> tuple[lis
     return micro_batches, time.perf_counter() - start
 
 
-def _owed_evaluation(plan: TrainPlan, seen: int, *, evaluated: Callable[[], set[int]], runtime: Runtime) -> int | None:
+def _owed_evaluation(
+    plan: TrainPlan, state: TrainState, *, evaluated: Callable[[], set[int]], runtime: Runtime
+) -> int | None:
     """The epoch that a run saved and did not come to evaluate. Collective: all ranks."""
     known = on_first_rank(evaluated, rank=runtime.rank)  # collective: all ranks
-    return plan.epoch_at(seen) if plan.begins_epoch(seen) and plan.epoch_at(seen) not in known else None
+    epoch, begins = (
+        plan.epoch_at(state.samples_seen),
+        plan.begins_epoch(state.samples_seen, last_batch=state.last_batch),
+    )
+    return epoch if begins and epoch not in known else None
 
 
 def _evaluate(

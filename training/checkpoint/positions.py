@@ -85,26 +85,35 @@ def position_table(model: Clip, shapes: Mapping[str, Shape]) -> PositionTable | 
 
 
 def find_resizing(
-    model: Clip, shapes: Mapping[str, Shape], saved: Mapping[str, Shape], *, image_hw: Grid | None = None
+    model: Clip, shapes: Mapping[str, Shape], saved: Mapping[str, Shape], *, image_hw: Grid | None
 ) -> Resizing | None:
     """What the table of a checkpoint needs to fit the model; None if it fits, or if that is not all that differs.
 
     Args:
         shapes: of the model's tensors as wholes; ``saved``: the checkpoint's.
-        image_hw: that the checkpoint was trained with, where that is known; else the grid was a square.
+        image_hw: that the checkpoint was trained with; None where it does not say.
+
+    Raises:
+        ValueError: it does not say, and its table is of another size: 64 places may be 8 x 8 as well as 16 x 4.
     """
     table = position_table(model, shapes)
-    if table is None or saved.get(table.name, table.shape) == table.shape:
+    if table is None or table.name not in saved or image_hw == model.config.vision_cfg.image_hw:
         return None
     before = saved[table.name]
     if len(before) != len(table.shape) or before[-1] != table.shape[-1]:
         return None
-    places, (height, width) = before[-2] - table.prefix, model.config.vision_cfg.image_hw
-    side = round(max(places, 0) ** 0.5)
-    old = (side, side)
-    if image_hw is not None:
-        old = (image_hw[0] * table.grid[0] // height, image_hw[1] * table.grid[1] // width)
-    return Resizing(table, before, old) if places > 0 and prod(old) == places else None
+    if image_hw is None:
+        if before == table.shape:
+            return None
+        raise ValueError(
+            f"the checkpoint has {before[-2]} position embeddings, the model {table.shape[-2]}, and of what image size "
+            "the first are is not known: it was written by an earlier version, with a model that is not found any "
+            "more. Give its model file the name that it had, or keep the image size"
+        )
+    height, width = model.config.vision_cfg.image_hw
+    old = (image_hw[0] * table.grid[0] // height, image_hw[1] * table.grid[1] // width)
+    fits = old != table.grid and prod(old) == before[-2] - table.prefix
+    return Resizing(table, before, old) if fits else None
 
 
 class ResizedRows:

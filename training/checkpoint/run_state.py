@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.clip import Clip
+from models.config import load_model_config
 from training.checkpoint.beta2 import carry_beta2
 from training.checkpoint.checkpointer import Checkpointer, check_usable, none_is_whole
 from training.checkpoint.config_change import saved_global_batch
@@ -28,10 +29,11 @@ from training.checkpoint.tags import rewind_order
 from training.checkpoint.tensor_file import Entry
 from training.data.lanes import mix
 from training.data.loader import TrainLoader
-from training.data.position import read_position
+from training.data.position import StreamIdentity, read_position
 from training.distributed.collectives import broadcast_object
 from training.distributed.runtime import Runtime
 from training.distributed.sharding import ShardGroup, placements, shard_group
+from training.distributed.start_up import on_first_rank
 from training.optim.optimizer import set_beta2
 from training.resilience.escalation import Escalation
 from training.resilience.guard import StepGuard
@@ -148,7 +150,6 @@ def restore(
     else:
         others = Checkpointer(Path(path).parent).candidates() if fall_back and runtime.is_main else []
         path = str(_load_first_whole(others or [Path(path)], parts, runtime=runtime, go_on=True, judge=judge))
-    logger.info("Resumed from %s at step %d (%d samples seen).", path, parts.state.step, parts.state.samples_seen)
     return path
 
 
@@ -232,11 +233,14 @@ def _load(plan: StepPlan, parts: RunParts, *, runtime: Runtime, go_on: bool) -> 
     if train.get("phase", parts.phase) != parts.phase:
         _settle(parts, go_on=go_on)
     if go_on:
-        parts.loader.load_position(read_position(data, train["data"]))
+        position = read_position(data, train["data"])
+        parts.loader.load_position(position)
         _restore_rng(rng, step=int(train["step"]), saved_world_size=train["world_size"], runtime=runtime)
         parts.state.step = int(train["step"])
         parts.state.samples_seen = int(train["samples_seen"])
         parts.state.schedule_batch = int(train.get("schedule_batch") or saved_global_batch(train))
+        parts.state.last_batch = int(train.get("last_batch", 0))
+        parts.state.samples_per_epoch = _epoch_as_before(train, position.identity, parts.loader.identity)
 
 
 def _read_small(stream: TensorStream, files: Sequence[FilePlan]) -> dict[str, Tensor]:
@@ -269,6 +273,12 @@ def _check_equal(
     check_equal(plan, tensors, stream=stream, pieces=pieces, group=group)  # collective: all ranks
 
 
+def _epoch_as_before(train: Mapping[str, Any], saved: StreamIdentity, now: StreamIdentity) -> int:
+    """Samples of an epoch as the first start counted them; 0 if that is not known, or if there is more or less data."""
+    is_as_large = (saved.slots_per_epoch, saved.slot_samples) == (now.slots_per_epoch, now.slot_samples)
+    return int(train.get("samples_per_epoch", 0)) if is_as_large else 0
+
+
 def _settle(parts: RunParts, *, go_on: bool) -> None:
     """Another phase begins here, or the weights are of one that is over: the losses were others then."""
     if parts.guard is not None:
@@ -287,7 +297,7 @@ def _check_fit(plan: StepPlan, parts: RunParts, *, runtime: Runtime) -> ResizedR
         ValueError: they are not. DamagedCheckpoint: because the file that names them is damaged.
     """
     try:
-        resized = _find_resized(plan, parts)
+        resized = _find_resized(plan, parts, runtime=runtime)  # collective: all ranks
         check_shapes(resized.fitted(plan.names("model")), parts.model)
         check_state_shapes(parts.model, resized.fitted(plan.names("optimizer")))
         check_optimizer_names(parts.optimizer, parts.model, [*plan.names("optimizer"), *plan.train["optimizer"]])
@@ -304,23 +314,31 @@ def _check_fit(plan: StepPlan, parts: RunParts, *, runtime: Runtime) -> ResizedR
     return resized
 
 
-def _find_resized(plan: StepPlan, parts: RunParts) -> ResizedRows:
+def _find_resized(plan: StepPlan, parts: RunParts, *, runtime: Runtime) -> ResizedRows:
+    """Collective: all ranks."""
     if not parts.resizes_positions:
         return ResizedRows(None, {})
-    settings = {**plan.train.get("config", {}), **plan.train.get("phase", {})}
-    size = settings.get("image_size") or settings.get("force_image_size")
-    resizing = find_resizing(
-        parts.model,
-        whole_shapes(parts.model),
-        plan.names("model"),
-        image_hw=None if size is None else (size[0], size[-1]),
-    )
+    image_hw = on_first_rank(lambda: _image_hw_of(plan.train), rank=runtime.rank)  # collective: all ranks
+    saved, shapes = plan.names("model"), whole_shapes(parts.model)
+    resizing = find_resizing(parts.model, shapes, saved, image_hw=image_hw)
     if resizing is not None:
         logger.info(
             "Position embeddings of %d x %d patches are resized to %d x %d, and their moments.",
             *(*resizing.old, *resizing.table.grid),
         )
     return ResizedRows(resizing, plan.names("optimizer"))
+
+
+def _image_hw_of(train: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Image size that a checkpoint was trained with; None if it was written by an earlier version and does not tell."""
+    settings = {**train.get("config", {}), **train.get("phase", {})}
+    size = train.get("image_size") or settings.get("image_size") or settings.get("force_image_size")
+    if size is not None:
+        return int(size[0]), int(size[-1])
+    try:
+        return load_model_config(str(settings["model"])).vision_cfg.image_hw
+    except (KeyError, ValueError, OSError):
+        return None
 
 
 def _lower_beta2(parts: RunParts) -> None:

@@ -164,6 +164,10 @@ class Saver:
         self._settle()
         return broadcast_object(self._saved_step == self._parts.state.step)  # collective: all ranks
 
+    def note_saved(self, step: int) -> None:
+        """The state is that of a checkpoint which is on the disk: it need not be written again. All ranks."""
+        self._saved_step = step
+
     def poll(self) -> list[SavedStep]:
         """What was saved since the last call; cheap enough for every step. No collective; on other ranks nothing.
 

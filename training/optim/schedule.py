@@ -12,8 +12,11 @@ Schedule = Callable[[int], float]
 _NAMES = ("cosine", "const", "const-cooldown")
 
 
-def build_schedule(config: ScheduleConfig, *, lr: float, steps_per_epoch: int) -> Schedule:
+def build_schedule(config: ScheduleConfig, *, lr: float, steps_per_epoch: float) -> Schedule:
     """step (from 0) -> learning rate of that step.
+
+    Args:
+        steps_per_epoch: a fraction where the data have changed; only the length of the run is rounded.
 
     Raises:
         ValueError: an unknown --lr-scheduler, or const-cooldown without --epochs-cooldown.
@@ -30,8 +33,8 @@ def build_schedule(config: ScheduleConfig, *, lr: float, steps_per_epoch: int) -
     return schedule
 
 
-def _build_after_warmup(config: ScheduleConfig, *, lr: float, steps_per_epoch: int) -> Schedule:
-    total = steps_per_epoch * config.epochs
+def _build_after_warmup(config: ScheduleConfig, *, lr: float, steps_per_epoch: float) -> Schedule:
+    total = round(steps_per_epoch * config.epochs)
     if config.lr_scheduler == "cosine":
         # Half a cosine from lr to almost 0; 0 itself would be the step after the last.
         length = max(1, total - config.warmup)
@@ -40,7 +43,7 @@ def _build_after_warmup(config: ScheduleConfig, *, lr: float, steps_per_epoch: i
         return lambda step: lr
     if config.epochs_cooldown is None:
         raise ValueError("--lr-scheduler const-cooldown needs --epochs-cooldown: give the number of epochs it lasts")
-    start = total - steps_per_epoch * config.epochs_cooldown
+    start = total - round(steps_per_epoch * config.epochs_cooldown)
     end, power = config.lr_cooldown_end, config.lr_cooldown_power
 
     def cooldown(step: int) -> float:
