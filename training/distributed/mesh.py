@@ -20,6 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from training.config import EngineConfig
 from training.distributed.runtime import COLLECTIVE_TIMEOUT, Runtime
 
+_MESHES: dict[tuple[object, int, timedelta, str], DeviceMesh] = {}
+"""Groups hold memory of the device until the process ends, so every phase of a run takes the same ones."""
+
 
 def is_sharded(config: EngineConfig, *, world_size: int) -> bool:
     """Whether --fsdp has something to share out; alone, a process trains as without it."""
@@ -46,6 +49,9 @@ def build_mesh(shard_ranks: int, *, runtime: Runtime, timeout: timedelta = COLLE
         )
     if shard_ranks == world_size:
         return DeviceMesh.from_group(cast(dist.ProcessGroup, dist.group.WORLD), device_type, mesh_dim_names=("shard",))
+    key = (dist.group.WORLD, shard_ranks, timeout, device_type)
+    if key in _MESHES:
+        return _MESHES[key]
     ranks = torch.arange(world_size).view(-1, shard_ranks)  # [replicas, shard ranks]
     copy, place = divmod(runtime.rank, shard_ranks)
     # Only the members of a group meet: a thousand ranks need not wait for each other once per group.
@@ -53,4 +59,6 @@ def build_mesh(shard_ranks: int, *, runtime: Runtime, timeout: timedelta = COLLE
         cast(dist.ProcessGroup, dist.new_group(members.tolist(), timeout=timeout, use_local_synchronization=True))
         for members in (ranks[:, place], ranks[copy])
     ]
-    return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=("replicate", "shard"))
+    _MESHES.clear()  # of a world that is gone
+    _MESHES[key] = DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=("replicate", "shard"))
+    return _MESHES[key]
