@@ -31,10 +31,10 @@ import torch
 from benchmarks.batches import make_batches
 from benchmarks.data_loader import PINNED_WEBDATASET
 from benchmarks.end_to_end_arms import ARMS, Preparation
-from benchmarks.open_clip_checkout import find_package, use_open_clip_checkout
+from benchmarks.open_clip_checkout import describe_open_clip, find_package, open_clip_label, use_open_clip_checkout
 from benchmarks.parity import LOSS_TOLERANCE, LOW_PRECISION_LOSS_TOLERANCE
 from benchmarks.photo_shards import LINKED_SHARDS, find_photos, make_shards
-from benchmarks.provenance import ROOT, describe_run, model_name
+from benchmarks.provenance import ROOT, describe_run, device_label, model_name, slug
 from benchmarks.scale_report import fill, table
 from benchmarks.stopped_process import StoppedProcess
 from benchmarks.timing import speed_ratio, spread
@@ -262,18 +262,20 @@ def settings_as_json(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def result_name(arguments: argparse.Namespace) -> str:
     """File name of a result: what distinguishes one measurement from the next."""
-    device = torch.device(arguments.device).type
+    device = device_label(torch.device(arguments.device))
     parts = ["end_to_end", model_name(arguments.model), device, arguments.precision, f"b{arguments.batch_size}"]
     parts += [f"w{arguments.workers}", *([f"decode-{arguments.decode}"] if arguments.decode else [])]
     flags = ("torchcompile", "grad_checkpointing", "tune_open_clip")
     parts += [flag.replace("_", "-") for flag in flags if getattr(arguments, flag)]
+    parts += [slug(word) for word in shlex.split(arguments.our_flags)]
+    parts.append(f"openclip-{open_clip_label({'open_clip': describe_open_clip()})}")
     return "_".join(parts)
 
 
 HEADER = (
     *("model, batch, precision", "workers", "flags", "samples/s: ours [quartiles]", "OpenCLIP [quartiles]"),
     *("ratio [95 %]", "waiting for data: ours / OpenCLIP", "CPU s per 1000 samples", "peak memory, GiB"),
-    *("machine", "commit"),
+    *("machine", "OpenCLIP", "commit"),
 )
 
 
@@ -304,6 +306,7 @@ def _row(result: Mapping[str, Any]) -> list[str]:
         " / ".join(f"{arm['cpu_s_per_1000']:.2f}" for arm in arms),
         " / ".join(f"{arm['peak_gib']:.2f}" for arm in arms),
         f"{hardware.get('gpu', hardware['cpu'])}, {hardware['cores']} cores",
+        open_clip_label(run),
         f"{(run['commit'] or '?')[:9]}{'+' if run['uncommitted_changes'] else ''}",
     ]
 

@@ -33,6 +33,16 @@ class Ceiling(NamedTuple):
     dtype: str
 
 
+DATA_SHEET_TFLOPS = {"H100": 989.0, "H200": 989.0}
+"""Dense bf16 of the SXM modules, by NVIDIA's data sheets; by a part of the device's name."""
+
+
+def data_sheet_mfu(flops: TrainingFlops, *, samples_per_s: float, gpu: str, dtype: torch.dtype) -> float | None:
+    """Of the peak that the maker states; None for other devices and types, whose peak is not written down here."""
+    peaks = [peak for name, peak in DATA_SHEET_TFLOPS.items() if name in gpu and "PCIe" not in gpu]
+    return flops.useful * samples_per_s / (peaks[0] * 1e12) if peaks and dtype == torch.bfloat16 else None
+
+
 class Utilisation(NamedTuple):
     """Of one arm, on one device."""
 

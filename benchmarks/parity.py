@@ -8,6 +8,7 @@ after    losses of all steps, timed or not: both arms have trained on the same b
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -60,6 +61,12 @@ class TimedParity(NamedTuple):
 
     ours: Distance
     theirs: Distance
+    first_pass_s: tuple[float, float] = (0.0, 0.0)
+    """Of both: what is compiled is compiled in it."""
+
+    def as_json(self) -> dict[str, object]:
+        """With the fields of its parts."""
+        return {**self._asdict(), "ours": self.ours._asdict(), "theirs": self.theirs._asdict()}
 
 
 class CurveParity(NamedTuple):
@@ -107,12 +114,16 @@ def check_timed_form(ours: StepArm, theirs: OpenClipArm, our_batch: DeviceBatch,
         RuntimeError: ours computes something else, or the rival's own error is too large to tell.
     """
     exact = theirs.exact(batch)
-    mine, other = ours.passed(our_batch), theirs.passed(batch)
+    begin = time.monotonic()
+    mine = ours.passed(our_batch)
+    middle = time.monotonic()
+    other = theirs.passed(batch)
+    seconds = (middle - begin, time.monotonic() - middle)
     for name, found in (("ours", mine), ("the rival", other)):
         if found.gradients.keys() != exact.gradients.keys():
             missing = sorted(found.gradients.keys() ^ exact.gradients.keys())[:5]
             raise RuntimeError(f"{name} has other gradients than the exact pass, for one: {missing}")
-    parity = TimedParity(distance(mine, exact), distance(other, exact))
+    parity = TimedParity(distance(mine, exact), distance(other, exact), seconds)
     refuse_distance(parity)
     _refuse_parameters(mine, other, exact)
     return parity
@@ -124,7 +135,7 @@ def refuse_distance(parity: TimedParity) -> None:
     Raises:
         RuntimeError: ours is further from exact than the rival's own rounding explains.
     """
-    ours, theirs = parity
+    ours, theirs = parity.ours, parity.theirs
     for tower in ("image", "text", "whole"):
         found, rounding = getattr(ours, tower), getattr(theirs, tower)
         if not rounding <= GREATEST_RIVAL_ERROR:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -36,6 +37,17 @@ def describe_run(device: torch.device) -> dict[str, object]:
 def model_name(model: str) -> str:
     """A model by its name; of a configuration's file only the name that it gives."""
     return Path(model).stem if model.endswith(".json") else model
+
+
+def device_label(device: torch.device) -> str:
+    """Which GPU; of a CPU only that."""
+    is_there = device.type == "cuda" and torch.cuda.is_available()
+    return slug(torch.cuda.get_device_name(device)) if is_there else device.type
+
+
+def slug(words: str) -> str:
+    """As part of a file name: ``--text-packing=off`` -> ``text-packing-off``."""
+    return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
 
 
 def _hardware(device: torch.device) -> dict[str, object]:

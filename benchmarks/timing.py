@@ -51,8 +51,17 @@ class Arm(NamedTuple):
     step: Callable[[Any], object]
 
 
-def time_block(arm: Arm, *, first_step: int, steps: int, device: torch.device) -> tuple[list[float], list[float]]:
-    """Wall and processor times of steps in ms. On CUDA a pair of events per step, and one host sync for all."""
+def time_block(
+    arm: Arm, *, first_step: int, steps: int, device: torch.device, rewarm_steps: int = 0
+) -> tuple[list[float], list[float]]:
+    """Wall and processor times of steps in ms. On CUDA a pair of events per step, and one host sync for all.
+
+    Args:
+        rewarm_steps: before them and not timed. Nothing waits in between: the first timed step, too, finds the device
+            at work, as every step of a run does.
+    """
+    for number in range(first_step, first_step + rewarm_steps):
+        arm.step(arm.prepare(number))
     if device.type != "cuda":
         wall, work = zip(*(_time_on_cpu(arm, number) for number in range(first_step, first_step + steps)), strict=True)
         return list(wall), list(work)
@@ -101,12 +110,14 @@ def alternate(
     device: torch.device,
     least_blocks: int = 1,
     deadline: Deadline | None = None,
+    keep: Callable[[dict[str, Times]], None] | None = None,
 ) -> dict[str, Times]:
     """Blocks of steps in the order A B B A A B B A ..., so that a drift of the machine meets both arms alike.
 
     Args:
         rewarm_steps: at the start of a block are run and not counted: caches still hold the other arm's data.
         least_blocks: are measured however late it is; behind them no round begins that would not end in time.
+        keep: is given all times so far after every round from the second on, that a process that is ended leaves them.
     """
     times = {name: Times([], []) for name in arms}
     for block in range(blocks):
@@ -114,12 +125,14 @@ def alternate(
         order = list(arms) if block % 2 == 0 else list(arms)[::-1]
         for name in order:
             first_step = block * block_steps
-            if rewarm_steps:
-                time_block(arms[name], first_step=first_step, steps=rewarm_steps, device=device)
-            wall, work = time_block(arms[name], first_step=first_step, steps=block_steps, device=device)
+            wall, work = time_block(
+                arms[name], first_step=first_step, steps=block_steps, device=device, rewarm_steps=rewarm_steps
+            )
             times[name].wall.append(wall)
             times[name].work.append(work)
             logger.info("block %d of %d, %s: %.1f ms", block + 1, blocks, name, statistics.median(wall))
+        if keep is not None and block > 0:
+            keep(times)
         is_late = deadline is not None and not deadline.allows(time.monotonic() - start)
         if is_late and least_blocks <= block + 1 < blocks:
             logger.info("no time for another block: %d of %d are measured", block + 1, blocks)

@@ -31,10 +31,10 @@ from torch import Tensor
 from benchmarks.batches import HostBatch, describe_captions, make_batches, real_lengths
 from benchmarks.gradient_error import exact_matmul
 from benchmarks.memory import held_gib, peak_gib, reset_peak, resident_gib
-from benchmarks.mfu import measure_ceiling, utilisation
-from benchmarks.open_clip_checkout import use_open_clip_checkout
+from benchmarks.mfu import data_sheet_mfu, measure_ceiling, utilisation
+from benchmarks.open_clip_checkout import describe_open_clip, open_clip_label, use_open_clip_checkout
 from benchmarks.parity import check_gradients, check_losses, check_timed_form, compare_curves
-from benchmarks.provenance import ROOT, describe_run
+from benchmarks.provenance import ROOT, describe_run, device_label, slug
 from benchmarks.timing import Arm, Deadline, Times, alternate, speed_ratio, spread, time_block
 from benchmarks.train_step_arms import (
     RIVALS,
@@ -197,15 +197,26 @@ class Measurement:
         logger.info("ceiling: %.4g TFLOP/s; %.4g useful GFLOP a pair", self._ceiling.tflops, self._flops.useful / 1e9)
 
     def run(self, write: Callable[[Result], None]) -> Result:
-        """Ours against each rival in turn; written after each, so that what ends the process leaves a result."""
+        """Ours against each rival in turn; written after the gates and every round of blocks, whatever ends it."""
         settings, runtime = settings_of(self._arguments), self._runtime
         ours = Lane(OURS, ClipyardArm(settings, flags=flags_of(self._arguments), runtime=runtime), self._host)
         weights = {name: value.detach().clone() for name, value in ours.arm.model.state_dict().items()}
         result = self._heading(ours)
+        last = 0.0  # seconds that a rival took: the next needs about as many
         for name in self._arguments.rivals:
-            result["comparisons"][name] = self._compare(name, ours, weights)
+            began = time.monotonic()
+            if not self._deadline.allows(last):
+                logger.info("no time for %s", name)
+                result["comparisons"][name] = {"unfinished": "no time was left for it"}
+                continue
+
+            def keep(comparison: Result, name: str = name) -> None:
+                write({**result, "comparisons": {**result["comparisons"], name: comparison}})
+
+            result["comparisons"][name] = self._compare(name, ours, weights, keep)
             release_memory(runtime.device)
             write(result)
+            last = time.monotonic() - began
         if not any(OURS in comparison.get("arms", {}) for comparison in result["comparisons"].values()):
             result["alone"] = self._measure_alone(ours)
             write(result)
@@ -240,14 +251,14 @@ class Measurement:
             "comparisons": {},
         }
 
-    def _compare(self, name: str, ours: Lane, weights: Mapping[str, Tensor]) -> Result:
+    def _compare(self, name: str, ours: Lane, weights: Mapping[str, Tensor], keep: Callable[[Result], None]) -> Result:
         """One rival: gates and times, or why there are none."""
         logger.info("clipyard against %s", name)
         try:
             theirs = self._build_rival(name)
             restart(ours, weights)
             theirs.arm.model.load_state_dict(weights, strict=True)
-            return self._measure(ours, theirs)
+            return self._measure(ours, theirs, keep)
         except ArmOutOfMemory as error:
             if error.name == OURS or self._runtime.world_size > 1:
                 raise
@@ -261,8 +272,7 @@ class Measurement:
         except torch.OutOfMemoryError as error:
             raise ArmOutOfMemory(name, str(error).split(". ")[0]) from None
 
-    def _measure(self, ours: Lane, theirs: Lane) -> Result:
-        arguments = self._arguments
+    def _measure(self, ours: Lane, theirs: Lane, keep: Callable[[Result], None]) -> Result:
         try:
             parity = self._pass_gate(ours, theirs)
         except RuntimeError as error:
@@ -270,10 +280,16 @@ class Measurement:
                 raise
             logger.error("void: %s", error)
             return {"void": str(error)}
-        times = self._measure_times({OURS: ours, theirs.name: theirs})
+        keep({"parity": parity, "unfinished": "ended before two blocks were measured"})
+        lanes = {OURS: ours, theirs.name: theirs}
+        times = self._measure_times(lanes, lambda times: keep(self._conclude(parity, ours, theirs, times)))
+        return self._conclude(parity, ours, theirs, times)
+
+    def _conclude(self, parity: Result, ours: Lane, theirs: Lane, times: Mapping[str, Times]) -> Result:
+        """What may be said about the blocks so far. Collective: all ranks."""
         curves = compare_curves(
             *(ours.loss_values(), theirs.loss_values()),
-            precision=arguments.precision,
+            precision=self._arguments.precision,
             skipped_steps=ours.arm.skipped_steps(),
         )
         result: Result = {
@@ -296,6 +312,8 @@ class Measurement:
         assert isinstance(theirs.arm, OpenClipArm)
         gradients = check_gradients(ours.arm, theirs.arm, self._host[0])
         timed_form = check_timed_form(ours.arm, theirs.arm, ours.take(0), theirs.take(0))
+        seconds = " and ".join(f"{value:.1f} s" for value in timed_form.first_pass_s)
+        logger.info("first passes, compilation included: %s; of %s: %s", OURS, theirs.name, seconds)
         release_memory(self._runtime.device)
         # Compiled programs are made anew for other TF32 settings: only where the tolerance asks for it.
         with exact_matmul() if self._arguments.precision == "fp32" else nullcontext():
@@ -308,9 +326,11 @@ class Measurement:
             timed_form=timed_form,
         )
         logger.info("parity: losses %.1e apart, gradients %s; %s", parity.loss_difference, gradients, timed_form)
-        return {**parity._asdict(), "timed_form": {name: one._asdict() for name, one in timed_form._asdict().items()}}
+        return {**parity._asdict(), "timed_form": timed_form.as_json()}
 
-    def _measure_times(self, lanes: Mapping[str, Lane]) -> dict[str, Times]:
+    def _measure_times(
+        self, lanes: Mapping[str, Lane], keep: Callable[[dict[str, Times]], None] | None = None
+    ) -> dict[str, Times]:
         arguments, device = self._arguments, self._runtime.device
         for lane in lanes.values():
             warm_up(lane, steps=max(1, arguments.warmup_steps), first=arguments.parity_steps, device=device)
@@ -322,6 +342,7 @@ class Measurement:
             device=device,
             least_blocks=-(-arguments.least_steps // arguments.block_steps),
             deadline=self._deadline,
+            keep=keep,
         )
 
     def _measure_alone(self, ours: Lane) -> Result:
@@ -338,6 +359,14 @@ class Measurement:
             "samples_per_s": per_rank * self._runtime.world_size,
             **used._asdict(),
         }
+        device = self._runtime.device
+        stated = data_sheet_mfu(
+            self._flops,
+            samples_per_s=per_rank,
+            gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+            dtype=computed_dtype(self._arguments.precision, device),
+        )
+        described |= {} if stated is None else {"mfu_data_sheet": stated}
         return described if lane.peak_gib is None else {**described, "peak_gib": lane.peak_gib}
 
 
@@ -438,14 +467,16 @@ def model_label(model: str) -> str:
 
 def result_name(arguments: argparse.Namespace, *, world_size: int = 1) -> str:
     """File name of a result: what distinguishes one measurement from the next."""
-    device = torch.device(arguments.device).type
+    device = device_label(torch.device(arguments.device))
     parts = ["train_step", model_label(arguments.model).replace("/", "-"), device, arguments.precision]
     parts.append(f"b{arguments.batch_size}")
     parts += ["full_length"] if arguments.full_length else []
     parts += ["grad_checkpointing"] if arguments.grad_checkpointing else []
     parts += [f"{world_size}_ranks"] if world_size > 1 else []
+    parts += [slug(word) for word in arguments.flags]
     # What has the default arm in it is the main result; beside it lies what was measured later.
     parts += ["_".join(arguments.rivals).replace("open_clip_", "")] if "open_clip" not in arguments.rivals else []
+    parts += [f"openclip-{open_clip_label({'open_clip': describe_open_clip()})}"] if arguments.rivals else []
     return "_".join(filter(None, parts))
 
 
@@ -463,7 +494,9 @@ def summary(result: Result) -> str:
             if ratio := comparison.get(key):
                 span = f"[{ratio['low']:.3f}, {ratio['high']:.3f}]"
                 lines.append(f"clipyard is {ratio['value']:.3f} {span} times as fast as {rival}, by {meaning}")
-        lines += [f"{rival}: {key}: {comparison[key]}" for key in ("void", "out_of_memory") if key in comparison]
+        lines += [
+            f"{rival}: {key}: {comparison[key]}" for key in ("void", "out_of_memory", "unfinished") if key in comparison
+        ]
     return "\n".join(lines)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
 from benchmarks import train_step_all
 from benchmarks.scale_report import fill
+from benchmarks.train_step import parse_arguments, result_name
 from benchmarks.train_step_all import CPU, GPU, LIMIT_S, Entry, Outcome, main, run_all, run_entry
 from benchmarks.train_step_report import PAGE, TARGETS, tables
 
@@ -47,6 +49,10 @@ def test_one_failing_model_fails_the_command_after_the_others(tmp_path, monkeypa
     assert "no-such-model      failed" in capsys.readouterr().out
 
 
+def test_a_slow_cpu_is_no_failure_and_a_slow_gpu_is():
+    assert [train_step_all.failures(suite) for suite in ("cpu", "gpu")] == [("failed",), ("failed", "stopped")]
+
+
 def test_a_process_that_takes_too_long_is_ended(tmp_path):
     outcome = run_entry(Entry("demo-vit", 4, 1, options=QUICK), 1.0, tmp_path)
     assert outcome.status == "stopped"
@@ -72,15 +78,23 @@ def test_models_of_the_cpu_suite_share_flops_between_towers_as_their_large_ones_
     assert [entry.model for entry in CPU] == [train_step_all.NARROW.format(name) for name in ("ViT-B-32", "convnext")]
 
 
+RUN = {"hardware": {"gpu": "NVIDIA H200"}, "versions": {"open_clip_torch": "3.3.0"}}
+
+
 def _result(**changes):
     ratio = {"value": 1.7, "low": 1.6, "high": 1.8}
     arm = {"samples_per_s": 1e4, "mfu_useful": 0.5, "steps": 30, "peak_gib": 20.0}
     return {
-        "settings": {"model": "ViT-B-32", "precision": "amp_bf16", "batch_size": 896, "full_length": False},
+        "settings": {"model": "ViT-B-32", "precision": "amp_bf16", "batch_size": 896, "full_length": False}
+        | {"flags": ["--torchcompile"]},
         "world_size": 1,
         "caption_tokens": {"mean": 15.5},
         "text_tokens": {"saved_pct": 79.0},
-        "run": {"commit": "0123456789abcdef", "hardware": {"gpu": "a GPU"}},
+        "run": {
+            "commit": "0123456789abcdef",
+            "hardware": {"gpu": "NVIDIA H200"},
+            "versions": {"open_clip_torch": "3.3.0"},
+        },
         "comparisons": {"open_clip": {"ratio": ratio, "arms": {"clipyard": arm, "open_clip": arm}}},
         **changes,
     }
@@ -90,7 +104,8 @@ def test_the_page_puts_what_was_measured_beside_the_target(tmp_path):
     (tmp_path / "train_step_x.json").write_text(json.dumps(_result()))
     filled = tables(tmp_path)
     assert (
-        "| ViT-B-32 | 896 | 1.70 [1.60, 1.80] (2.1) |  | not measured (1.7 / 1.95) | 50.0 % (56 %) |" in filled["gpu"]
+        "| ViT-B-32 | 896 | 1.70 [1.60, 1.80], 3.3.0 (2.1) |  | not measured (1.7 / 1.95) | 50.0 % (56 %) |"
+        in filled["gpu"]
     )
     assert "- ViT-B-32, batch 896: against open_clip_tuned, open_clip with all captions full" in filled["unmeasured"]
     assert "`train_step_x.json`, 0123456789" in filled["arms"]
@@ -105,7 +120,29 @@ def test_the_page_puts_what_was_measured_beside_the_target(tmp_path):
 )
 def test_the_page_says_why_there_is_no_ratio(tmp_path, comparison, said):
     (tmp_path / "train_step_x.json").write_text(json.dumps(_result(comparisons={"open_clip": comparison})))
-    assert f"| {said} (2.1) |" in tables(tmp_path)["gpu"]
+    assert f"| {said}, 3.3.0 (2.1) |" in tables(tmp_path)["gpu"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"run": RUN | {"commit": None, "hardware": {"gpu": "NVIDIA A100"}}},
+        {"settings": _result()["settings"] | {"precision": "fp32"}},
+        {"settings": _result()["settings"] | {"flags": ["--torchcompile", "--fp8=on"]}},
+        {"comparisons": {"open_clip": {"unfinished": "ended before two blocks were measured"}}},
+    ],
+)
+def test_another_gpu_precision_or_flag_and_half_a_measurement_speak_of_no_target(tmp_path, changes):
+    (tmp_path / "train_step_x.json").write_text(json.dumps(_result(**changes)))
+    assert "| ViT-B-32 | 896 | not measured (2.1)" in tables(tmp_path)["gpu"]
+
+
+def test_an_older_runs_file_is_not_named_as_this_ones(tmp_path):
+    entry = Entry("demo-vit", 4, 1, options=QUICK)
+    name = f"{result_name(parse_arguments(entry.words()))}.json"
+    (tmp_path / name).write_text("{}")
+    os.utime(tmp_path / name, (0, 0))
+    assert run_entry(entry, 1.0, tmp_path).file == ""
 
 
 def test_a_cpu_says_nothing_about_a_target(tmp_path):

@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.batches import caption_lengths, caption_tokens, make_batches, real_lengths
 from benchmarks.memory import held_gib
-from benchmarks.mfu import Ceiling, measure_ceiling, utilisation
+from benchmarks.mfu import Ceiling, data_sheet_mfu, measure_ceiling, utilisation
 from benchmarks.parity import check_gradients, check_losses, compare_curves
 from benchmarks.timing import Arm, Deadline, alternate, speed_ratio, spread
 from benchmarks.train_step import main, text_tokens
@@ -51,6 +51,14 @@ def test_a_late_measurement_ends_with_the_least_blocks_and_no_sooner():
     arms = {"A": Arm(lambda number: number, lambda _: None)}
     times = alternate(arms, blocks=9, block_steps=2, rewarm_steps=0, device=CPU, least_blocks=3, deadline=over)
     assert len(times["A"].wall) == 3
+
+
+def test_every_round_from_the_second_on_is_kept_for_when_the_process_is_ended():
+    kept: list[int] = []
+    arms = {name: Arm(lambda number: number, lambda _: None) for name in "AB"}
+    keep = lambda times: kept.append(len(times["B"].wall))  # noqa: E731 - one line of its own
+    alternate(arms, blocks=4, block_steps=1, rewarm_steps=0, device=CPU, keep=keep)
+    assert kept == [2, 3, 4]
 
 
 def test_without_a_limit_all_blocks_are_measured():
@@ -150,6 +158,9 @@ def test_mfu_is_useful_flops_over_the_measured_ceiling():
     flops = TrainingFlops(useful=2e9, computed=2.1e9, padded=3e9)
     used = utilisation(flops, samples_per_s=250, ceiling=Ceiling(1.0, 8192, "bfloat16"))
     assert tuple(used) == pytest.approx((0.5, 0.75))
+    rate = {"samples_per_s": 989e12 / 4e9, "dtype": torch.bfloat16}
+    assert data_sheet_mfu(flops, gpu="NVIDIA H200", **rate) == pytest.approx(0.5)
+    assert data_sheet_mfu(flops, gpu="NVIDIA A100", **rate) is None
 
 
 def test_the_ceiling_is_a_rate_of_matrix_products():
@@ -202,6 +213,12 @@ def test_a_run_writes_ratio_utilisation_and_what_it_was_measured_on(tmp_path):
     assert ours["mfu_useful"] == pytest.approx(flops * ours["samples_per_s"] / (result["ceiling_tflops"] * 1e12))
     assert ours["equivalent"] > ours["mfu_useful"]
     assert result["run"]["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_a_rival_for_whom_no_time_is_left_is_not_begun(tmp_path):
+    out = tmp_path / "result.json"
+    assert main([*TINY, "--no-memory", f"--out={out}", "--time-limit-s=0", "--rivals", "open_clip"]) == 0
+    assert json.loads(out.read_text())["comparisons"]["open_clip"] == {"unfinished": "no time was left for it"}
 
 
 def test_without_a_rival_ours_is_measured_alone_and_its_memory_in_a_process_of_its_own(tmp_path):
