@@ -170,6 +170,31 @@ def test_two_ranks_train_like_one_process_on_the_joined_batch(case, two_ranks):
         assert_close(state, plain[2], tolerance)
 
 
+def first_step_with_batch_norm() -> list[dict[str, Tensor]]:
+    """Statistics of this rank after one step, plain and of two micro-batches."""
+    own = split(tiny_batch(GLOBAL_BATCH), 2)[rank()]
+    found = []
+    for pieces in (1, 2):
+        model = tiny_clip(batch_norm=True)
+        trained = parallelize(model, config=EngineConfig(device="cpu", accum_freq=pieces), runtime=current_runtime())
+        build_step(model, trained=trained)(split(own, pieces), lr=0.1)
+        found.append(dict(model.named_buffers()))
+    return found
+
+
+def test_a_process_s_first_step_counts_each_batch_once():
+    """Although the first micro-batch goes through the model once more."""
+    of_ranks = split(tiny_batch(GLOBAL_BATCH), 2)
+    for place, cases in enumerate(run_ranks(2, first_step_with_batch_norm)):
+        for pieces, found in zip((1, 2), cases, strict=True):
+            expected = tiny_clip(batch_norm=True)
+            # DDP sends rank 0's statistics before the last micro-batch.
+            for piece in (*split(of_ranks[0], pieces)[:-1], split(of_ranks[place], pieces)[-1]):
+                expected(piece.images, piece.texts)
+            assert found["visual.bn.num_batches_tracked"] == pieces
+            assert_close(found, dict(expected.named_buffers()))
+
+
 def dropout_on_two_ranks(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gradients of the step, and of one graph over the micro-batches of both ranks, averaged by hand."""
     batch = tiny_batch(GLOBAL_BATCH)

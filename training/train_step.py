@@ -181,9 +181,8 @@ class TrainStep:
         if not self._needs_first_exchange:
             return
         self._needs_first_exchange = False
-        self.compute_clock.stop()  # what follows in this one step is no rank's own time
         state = RandomState.capture(batch.images.device)
-        with running_statistics_kept(unwrap(self.model)):
+        with self.compute_clock.left_out(), running_statistics_kept(unwrap(self.model)):
             output = self._forward(self.model, batch)
             differentiable = [tensor for tensor in output if tensor is not None and tensor.requires_grad]
             torch.autograd.backward(differentiable, [torch.zeros_like(tensor) for tensor in differentiable])

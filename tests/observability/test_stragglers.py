@@ -160,6 +160,22 @@ def own_times_of_all_cases(slow_ranks: Sequence[int | None]) -> dict[tuple[str, 
     return {(case, slow_rank): own_times(case, slow_rank) for case in CASES for slow_rank in slow_ranks}
 
 
+def own_time_of_a_first_step() -> tuple[float, int]:
+    model = tiny_clip()
+    model.visual.register_forward_pre_hook(lambda *_: time.sleep(SLEEP_S))
+    trained = parallelize(model, config=EngineConfig(device="cpu"), runtime=current_runtime())
+    step = build_step(model, trained=trained)
+    step.compute_clock.start()
+    step([split(tiny_batch(8), 2)[rank()]], lr=0.1)
+    return step.compute_clock.read()
+
+
+def test_of_a_process_s_first_step_the_forward_pass_counts_and_not_what_ddp_sets_up():
+    for seconds, steps in run_ranks(2, own_time_of_a_first_step):
+        assert steps == 1
+        assert SLEEP_S <= seconds < 2 * SLEEP_S
+
+
 @pytest.mark.parametrize(("ranks", "slow_ranks"), [(2, (0, None)), (3, (1,))])
 def test_only_the_rank_that_sleeps_in_its_forward_pass_has_a_long_time_of_its_own(ranks, slow_ranks):
     for (case, slow_rank), times in run_ranks(ranks, own_times_of_all_cases, slow_ranks)[0].items():

@@ -66,6 +66,17 @@ class ComputeClock:
         finally:
             hook.remove()
 
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """What happens inside is not counted, and the rest of the step is."""
+        self._pause()
+        was_in_step, self._in_step = self._in_step, False
+        try:
+            yield
+        finally:
+            self._in_step = was_in_step
+            self._resume()
+
     def read(self) -> Computed:
         """Since the last call. Host sync on a GPU, but for steps that it has finished."""
         while self._open:
