@@ -82,22 +82,24 @@ def test_strategies_give_the_gradients_of_the_plain_model_on_two_ranks() -> None
 
 
 @pytest.mark.parametrize(
-    ("settings", "device", "strategy", "has_graphs", "remark"),
+    ("settings", "ranks", "device", "strategy", "has_graphs", "remark"),
     [
-        ({}, "cuda", "block", False, None),
-        ({"torchcompile_strategy": "step"}, "cuda", "model", False, "step compiles as model does"),
-        ({"torchcompile_strategy": "model", "fsdp": True}, "cuda", "block", False, "FSDP gathers each"),
-        (GRAPHS, "cuda", "block", True, "CUDA graphs for the image tower"),
-        (GRAPHS, "cpu", "block", False, "--device cpu has none"),
-        ({**GRAPHS, "fsdp": True}, "cuda", "block", False, "with --fsdp"),
-        ({**GRAPHS, "accum_freq": 2}, "cuda", "block", False, "with --accum-freq"),
-        ({**GRAPHS, "torchcompile_backend": "eager"}, "cuda", "block", False, None),
+        ({}, 2, "cuda", "block", False, None),
+        ({"torchcompile_strategy": "step"}, 2, "cuda", "model", False, "step compiles as model does"),
+        ({"torchcompile_strategy": "model", "fsdp": True}, 2, "cuda", "block", False, "FSDP gathers each"),
+        (GRAPHS, 1, "cuda", "block", True, "CUDA graphs for the image tower"),
+        (GRAPHS, 2, "cuda", "block", False, "the exchange between ranks goes on"),
+        ({**GRAPHS, "use_bn_sync": True}, 2, "cuda", "block", False, "the exchange between ranks goes on"),
+        (GRAPHS, 1, "cpu", "block", False, "--device cpu has none"),
+        ({**GRAPHS, "fsdp": True}, 2, "cuda", "block", False, "with --fsdp"),
+        ({**GRAPHS, "accum_freq": 2}, 1, "cuda", "block", False, "with --accum-freq"),
+        ({**GRAPHS, "torchcompile_backend": "eager"}, 1, "cuda", "block", False, None),
     ],
 )
 def test_what_is_not_followed_of_the_flags_is_said(
-    settings: dict[str, Any], device: str, strategy: str, has_graphs: bool, remark: str | None
+    settings: dict[str, Any], ranks: int, device: str, strategy: str, has_graphs: bool, remark: str | None
 ) -> None:
-    plan = plan_compilation(EngineConfig(**settings), device_type=device, world_size=2)
+    plan = plan_compilation(EngineConfig(**settings), device_type=device, world_size=ranks)
     assert (plan.strategy, plan.has_cuda_graphs) == (strategy, has_graphs)
     assert [remark in text for text in plan.remarks if remark] == [True] * bool(remark)
     assert len(plan.remarks) == bool(remark)

@@ -17,7 +17,7 @@ from tests.test_train_step import build_step
 from training.config import EngineConfig, OptimConfig
 from training.data.batch import DeviceBatch, normalize
 from training.distributed.collectives import rank, world_size
-from training.distributed.memory_format import image_memory_format, wants_channels_last
+from training.distributed.memory_format import apply_channels_last, image_memory_format, wants_channels_last
 from training.distributed.parallelize import parallelize
 from training.distributed.sharding import local_parameters
 from training.optim.optimizer import build_optimizer
@@ -45,6 +45,15 @@ def test_a_tower_of_patches_is_left_as_it_is_with_a_line(caplog: pytest.LogCaptu
         parallelize(model, config=NHWC, runtime=ALONE)
     assert "--channels-last on has no effect" in caplog.text
     assert image_memory_format(model) is torch.preserve_format
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_images_come_in_the_order_of_the_tower_whatever_its_weights_have(is_sharded: bool) -> None:
+    model = tiny_model(TINY)
+    apply_channels_last(model, is_sharded=is_sharded)
+    assert image_memory_format(model) is torch.channels_last
+    stem = next(module for module in model.visual.modules() if isinstance(module, torch.nn.Conv2d))
+    assert stem.weight.is_contiguous() == is_sharded
 
 
 def conversions(model: torch.nn.Module, images: Tensor) -> int:

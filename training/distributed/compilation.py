@@ -7,7 +7,8 @@
 
 CUDA graphs (--torchcompile-mode reduce-overhead and max-autotune) replay the image tower's kernels in the memory in
 which they were recorded, so that tower begins a new step whenever it is called. Texts have other shapes in every batch
-and are compiled without.
+and are compiled without. One process only: with several, texts, gradients and BatchNorm's statistics are on their way
+between ranks while the tower computes, and nobody has shown that a recording survives that.
 """
 
 from __future__ import annotations
@@ -139,6 +140,8 @@ def _no_cuda_graphs(config: EngineConfig, *, device_type: str, world_size: int) 
         return f"--device {device_type} has none"
     if is_sharded(config, world_size=world_size):
         return "with --fsdp weights are gathered into new memory for every use"
+    if world_size > 1:
+        return "the exchange between ranks goes on while the tower would be recorded"
     if config.accum_freq > 1:
         return "with --accum-freq gradients of one micro-batch wait where the next would be recorded"
     return None

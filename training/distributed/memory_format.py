@@ -10,9 +10,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 logger = logging.getLogger(__name__)
+
+_MARK = "images_are_channels_last"
+"""Attribute of an image tower that ``apply_channels_last`` was called on."""
 
 
 def wants_channels_last(model: nn.Module, setting: str, *, device_type: str) -> bool:
@@ -36,15 +38,14 @@ def apply_channels_last(model: nn.Module, *, is_sharded: bool) -> None:
         visual.to(memory_format=torch.channels_last)
     # Those of an evaluation; images of training come in this order (``image_memory_format``), which costs nothing here.
     visual.register_forward_pre_hook(_reorder)
+    setattr(visual, _MARK, True)
 
 
 def image_memory_format(model: nn.Module) -> torch.memory_format:
-    """The order of images that the image tower's weights ask for; ``preserve_format`` if they do not care."""
-    for module in _convolutions(model):
-        weight = module.weight
-        if not isinstance(weight, DTensor) and not weight.is_contiguous():
-            return torch.channels_last
-    return torch.preserve_format
+    """The order in which the image tower wants images; ``preserve_format`` if it does not care."""
+    # Weights do not tell: those that FSDP shards have no order of their own.
+    is_reordered = getattr(getattr(model, "visual", None), _MARK, False)
+    return torch.channels_last if is_reordered else torch.preserve_format
 
 
 def _convolutions(model: nn.Module) -> list[nn.Conv2d]:
