@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from models.packing import pack_texts
 from tests.models.test_packing import captions
 from tests.models.tiny import TIMM_RESNET, tiny_images, tiny_model
-from training.distributed.activation_checkpointing import checkpoint_blocks
+from training.distributed.activation_checkpointing import DEAR_TO_COMPUTE, checkpoint_blocks
 
 CONVNEXT = {"timm_model_name": "test_convnext", "image_size": 32}
 MODELS = {"patch dropout": {"patch_dropout": 0.3}, "convnext": CONVNEXT, "batch norm": TIMM_RESNET}
@@ -82,6 +84,16 @@ def test_policies_keep_less_and_less_with_the_same_bits(model: str, precision: t
     assert none.dear_backward == selective.dear_backward < full.dear_backward
     for found in (selective, full):
         torch.testing.assert_close(found.state, none.state, rtol=0, atol=0)
+
+
+def test_every_name_of_a_dear_operation_is_one_that_this_torch_has() -> None:
+    """A renamed one would be computed again without a word."""
+    tiny_model()  # its modules have registered ours
+    expected = {"torch_attn::_varlen_attn"}
+    if find_spec("torch.nn.attention.varlen") is not None:
+        import_module("torch.nn.attention.varlen")
+        expected = set()
+    assert {name for name in DEAR_TO_COMPUTE if not torch._C._jit_get_schemas_for_operator(name)} == expected
 
 
 @pytest.mark.parametrize("policy", ["selective", "full"])

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from models.packing import pack_texts
+from tests.distributed.test_activation_checkpointing import Operations
 from tests.gpu.builders import build_batch, build_model, build_step, weights
 from tests.models.tiny import tiny_images, tiny_model
 from training.config import EngineConfig
+from training.distributed.activation_checkpointing import checkpoint_blocks
 from training.distributed.memory_format import image_memory_format
 from training.distributed.parallelize import parallelize
 from training.distributed.runtime import Runtime
@@ -56,6 +58,24 @@ def test_the_selective_policy_keeps_a_step_and_lies_between_the_others_in_memory
     torch.testing.assert_close(selective, plain, rtol=0, atol=1e-3)
     torch.testing.assert_close(full, plain, rtol=0, atol=1e-3)
     assert all(math.isfinite(loss) for loss in losses)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, None])
+def test_the_selective_policy_computes_no_product_again(device, precision):
+    """Whatever kernels this GPU and this torch choose: none of them has a name that the policy does not know."""
+    model, config = build_model(device)
+    model.train()
+    batch = build_batch(config, 8, device)
+    dear = []
+    for policy in (None, "selective"):
+        if policy is not None:
+            checkpoint_blocks([*model.image_blocks, *model.text_blocks], policy=policy)
+        with torch.autocast("cuda", precision, enabled=precision is not None):
+            output = model(batch.images, pack_texts(batch.texts.cpu()).to(device))
+        with Operations() as operations:
+            (output.image_features @ output.text_features.T).sum().backward()
+        dear.append(operations.dear)
+    assert dear[0] == dear[1] > 0
 
 
 def test_a_convolutional_tower_computes_in_nhwc_memory_by_default(device):

@@ -98,7 +98,8 @@ def test_two_micro_batches_give_the_step_of_one_batch(device):
     assert (apart > 1e-4).float().mean() < 1e-3
 
 
-def test_a_ddp_step_over_nccl_equals_the_plain_step(device, tmp_path: Path):
+def test_a_ddp_step_of_one_process_over_nccl_equals_the_plain_step(device, tmp_path: Path):
+    """DDP's buckets only: one process gathers no texts, and no machine with two GPUs runs these tests."""
     plain, config = build_model(device)
     batch = build_batch(config, 16, device)
     expected = build_step(plain, device, precision="fp32")([batch], lr=1e-3).loss.item()
