@@ -24,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +32,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.batches import HostBatch
+from benchmarks.curve_gradients import gradient_errors, gradient_statement, is_as_near
 from benchmarks.curve_picture import Curve, Panel, draw
+from benchmarks.gradient_error import exact_matmul
 from benchmarks.open_clip_checkout import use_open_clip_checkout
 from benchmarks.provenance import ROOT, describe_run, model_name
 from benchmarks.scale_report import fill
@@ -43,6 +46,7 @@ from models.factory import BuiltModel, create_model
 from models.text_form import build_packer
 from models.tokenizer import build_tokenizer
 from models.transformer import Transformer
+from training.assembly import set_device_defaults
 from training.config import EngineConfig, LossConfig, OptimConfig
 from training.data.batch import DeviceBatch, normalize
 from training.data.demo_samples import DemoSpec, plan_sample
@@ -63,11 +67,20 @@ ON, OFF, OPEN_CLIP, NOISE = "everything on", "everything off", "OpenCLIP", "off,
 COLORS = {ON: "#c0392b", OFF: "#1f5fa8", OPEN_CLIP: "#2e8b57", NOISE: "#999999"}
 logger = logging.getLogger("benchmarks.loss_curves")
 
+GRADIENT_BATCHES = 4
+"""On which gradients are compared with fp64."""
 TOLERANCE = 1.5
 """Times the band, which a few runs show only roughly."""
 
 Step = Callable[[HostBatch, float], Tensor]
 """A batch on the host and a learning rate -> the loss, on the device."""
+
+
+class Training(NamedTuple):
+    """One arm at its start."""
+
+    step: Step
+    model: nn.Module
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -115,12 +128,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         path.write_text(text)
     for part in result["precisions"].values():
         sys.stdout.write(f"{part['statement']}\n")
-    return 0 if all(part["within_noise"] for part in result["precisions"].values()) else 1
+    return 0 if all(part["within_noise"] and part["gradients_as_near"] for part in result["precisions"].values()) else 1
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that goes into the result file."""
     run = describe_run(torch.device(arguments.device))  # before: the load is that of others
+    set_device_defaults(torch.device(arguments.device))  # as a run does
     built = create_model(arguments.model, device="meta")
     data = draw_data(built, samples=arguments.samples, seed=arguments.seed)
     compiles = arguments.compile == "on" or (arguments.compile == "auto" and has_compiler(arguments.device))
@@ -132,13 +146,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "precisions": {},
     }
     for precision in arguments.precisions:
-        losses = {
-            name: train(name, data, arguments, precision=precision, compiles=compiles) for name in arm_names(arguments)
-        }
+        losses, weights = {}, {}
+        # With TF32 fp32 would have other rounding than the band's.
+        with exact_matmul() if precision == "fp32" else nullcontext():
+            for name in arm_names(arguments):
+                losses[name], weights[name] = train(name, data, arguments, precision=precision, compiles=compiles)
+        errors = gradients_of(weights[ON], data, arguments, precision=precision, compiles=compiles)
         exact = losses_of(result).get("fp32")
         comparison = compare(losses, exact)
         result["precisions"][precision] = {
-            "statement": statement(precision, comparison),
+            "statement": f"{statement(precision, comparison)}; {gradient_statement(errors, batches=GRADIENT_BATCHES)}",
+            "gradient_error": errors,
+            "gradients_as_near": is_as_near(errors, ours=ON, rival=OPEN_CLIP),
             "within_noise": comparison.within_noise,
             **comparison._asdict(),
             "losses": {name: [round(value, 7) for value in curve] for name, curve in losses.items()},
@@ -196,11 +215,13 @@ def make_order(samples: int, *, steps: int, batch_size: int, seed: int) -> Itera
 # Training.
 
 
-def train(name: str, data: HostBatch, arguments: argparse.Namespace, *, precision: str, compiles: bool) -> list[float]:
-    """The losses of one arm, step by step."""
+def train(
+    name: str, data: HostBatch, arguments: argparse.Namespace, *, precision: str, compiles: bool
+) -> tuple[list[float], dict[str, Tensor]]:
+    """The losses of one arm, step by step, and its weights in the end."""
     torch.manual_seed(arguments.seed)
     start = time.monotonic()
-    step = build_arm(name, arguments, precision=precision, compiles=compiles)
+    step, model = build_arm(name, arguments, precision=precision, compiles=compiles)
     shuffle = torch.Generator().manual_seed(int(name.rpartition(" ")[2])) if name.startswith(NOISE) else None
     order = make_order(len(data.images), steps=arguments.steps, batch_size=arguments.batch_size, seed=arguments.seed)
     losses = []
@@ -211,10 +232,28 @@ def train(name: str, data: HostBatch, arguments: argparse.Namespace, *, precisio
         losses.append(step(HostBatch(data.images[rows], data.texts[rows]), lr))
     curve: list[float] = torch.stack(losses).double().tolist()  # host sync
     logger.info("%s, %s: %.4f -> %.4f in %.0f s", precision, name, curve[0], curve[-1], time.monotonic() - start)
-    return curve
+    return curve, dict(model.state_dict())
 
 
-def build_arm(name: str, arguments: argparse.Namespace, *, precision: str, compiles: bool) -> Step:
+def gradients_of(
+    weights: Mapping[str, Tensor], data: HostBatch, arguments: argparse.Namespace, *, precision: str, compiles: bool
+) -> dict[str, dict[str, float]]:
+    """Distances from fp64 on batches that the training had, at the weights that 'on' has reached."""
+    order = make_order(
+        len(data.images), steps=GRADIENT_BATCHES, batch_size=arguments.batch_size, seed=arguments.seed + 1
+    )
+    policy = ["--grad-checkpointing", "--grad-checkpointing-policy=selective"] if arguments.grad_checkpointing else []
+    return gradient_errors(
+        weights,
+        [HostBatch(data.images[rows], data.texts[rows]) for rows in order],
+        ArmSettings(model=arguments.model, precision=precision, device=torch.device(arguments.device)),
+        names=(ON, OFF, OPEN_CLIP),
+        plain_loss=PlainSoftmaxLoss(),
+        on_flags=[*(["--torchcompile"] if compiles else []), *policy],
+    )
+
+
+def build_arm(name: str, arguments: argparse.Namespace, *, precision: str, compiles: bool) -> Training:
     """One training, from the weights that the seed gives."""
     model, device = arguments.model, torch.device(arguments.device)
     if name == OPEN_CLIP:
@@ -253,7 +292,7 @@ def _ours(
     optim: OptimConfig,
     loss: Loss,
     whole_last_block: bool = False,
-) -> Step:
+) -> Training:
     built = create_model(name, device=str(device))
     built.model.train()
     for module in built.model.modules():
@@ -273,10 +312,10 @@ def _ours(
         texts = pack(batch.texts).to(device)
         return train_step([DeviceBatch(_images(batch, built, device), texts)], lr=lr).loss
 
-    return step
+    return Training(step, built.model)
 
 
-def _open_clip(name: str, device: torch.device, *, precision: str) -> Step:
+def _open_clip(name: str, device: torch.device, *, precision: str) -> Training:
     built = create_model(name, device=str(device))  # the same draws of the same seed, loaded to be sure
     arm = OpenClipArm(ArmSettings(model=name, precision=precision, device=device))
     arm.model.load_state_dict(built.model.state_dict(), strict=True)
@@ -286,7 +325,7 @@ def _open_clip(name: str, device: torch.device, *, precision: str) -> Step:
             group["lr"] = lr
         return arm.step(DeviceBatch(_images(batch, built, device), batch.texts.to(device)))
 
-    return step
+    return Training(step, arm.model)
 
 
 def _images(batch: HostBatch, built: BuiltModel, device: torch.device) -> Tensor:

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.batches import HostBatch, make_batches
-from benchmarks.open_clip_checkout import use_open_clip_checkout
-from benchmarks.provenance import ROOT, describe_run, model_name
+from benchmarks.open_clip_checkout import describe_open_clip, open_clip_label, use_open_clip_checkout
+from benchmarks.provenance import ROOT, describe_run, device_label, model_name
 from benchmarks.scale_report import fill, table
 from benchmarks.step_categories import CATEGORIES, LOSS_MARK, STEP_MARK, Operation, categorize, read_operations
 from benchmarks.train_step_arms import (
@@ -218,10 +218,10 @@ def _ms(operations: Iterable[Operation]) -> float:
 
 def result_name(arguments: argparse.Namespace) -> str:
     """File name of a result."""
-    device = torch.device(arguments.device).type
+    device = device_label(torch.device(arguments.device))
     parts = ["profile_step", model_name(arguments.model), device, arguments.precision, f"b{arguments.batch_size}"]
     parts += [flag.replace("_", "-") for flag in ("torchcompile", "tune_open_clip") if getattr(arguments, flag)]
-    return "_".join(parts)
+    return "_".join([*parts, f"openclip-{open_clip_label({'open_clip': describe_open_clip()})}"])
 
 
 def table_of(result: Mapping[str, Any]) -> str:

@@ -6,8 +6,8 @@
     python -m benchmarks.train_step_all --suite cpu      two narrow models: ratios for a log, in about a minute
 
 Every model has seconds of its own; what it leaves over, the next may use. A process that takes longer is ended, what it
-has written by then stays, and the others are measured nevertheless. The command fails in the end if any of them did; on a CPU
-an end by time is no failure.
+has written by then stays, and the others are measured nevertheless. The command fails in the end if any of them did;
+on a CPU an end by time is no failure.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from benchmarks.curve_gradients import is_as_near
 from benchmarks.curve_picture import Curve, Panel, draw
 from benchmarks.loss_curves import (
     NOISE,
@@ -49,8 +50,17 @@ def test_all_arms_start_from_the_same_losses_and_are_drawn(tmp_path):
         assert len(curve) == 3
     assert part["largest"] < 1e-4
     assert code == (0 if part["within_noise"] else 1)
+    assert [*part["gradient_error"]] == [ON, OFF, OPEN_CLIP]
+    assert all(0 < error["whole"] < 1e-4 and error["cosine"] > 0.99999 for error in part["gradient_error"].values())
+    assert "relative distance from fp64, mean of 4 batches: everything on" in part["statement"]
     labels = [text.text for text in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}text")]
     assert {ON, OFF, OPEN_CLIP, NOISE, "loss, fp32"} <= set(labels)
+
+
+def test_gradients_further_from_fp64_than_the_rivals_rounding_are_no_rounding():
+    rival = {"image": 0.014, "text": 0.014, "whole": 0.014, "cosine": 0.9999}
+    assert is_as_near({ON: rival, OPEN_CLIP: rival}, ours=ON, rival=OPEN_CLIP)
+    assert not is_as_near({ON: rival | {"text": 0.03}, OPEN_CLIP: rival}, ours=ON, rival=OPEN_CLIP)
 
 
 def test_another_loss_is_no_noise(tmp_path, monkeypatch, capsys):
