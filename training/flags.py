@@ -335,7 +335,7 @@ FLAGS: tuple[Flag, ...] = (
     _on(
         "grad-reduce-dtype",
         "text",
-        "Type in which gradients are summed over ranks; bf16 halves the bytes, and rounds.",
+        "Type in which gradients are summed over ranks; bf16 halves the bytes, rounds, and is refused above 64 ranks.",
         origin="Clipyard",
         choices=("fp32", "bf16"),
     ),
