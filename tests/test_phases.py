@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ from models.weights import resize_image_positions
 from tests.end_to_end.conftest import TINY_MODEL, Outcome
 from tests.end_to_end.conftest import run_here as run_here
 from tests.factories import write_shards
+from training.assembly import build_model
 from training.checkpoint.config_change import check_config_change, remarks
-from training.checkpoint.positions import PositionTable, ResizedRows, Resizing
+from training.checkpoint.epoch_loading import whole_shapes
+from training.checkpoint.positions import PositionTable, ResizedRows, Resizing, find_resizing
+from training.checkpoint.run_state import image_hw_of
 from training.cli import config_values, parse, with_model_defaults
 from training.config import Config, ModelConfig
 from training.phase_check import check_models
@@ -107,6 +111,72 @@ def test_a_phase_that_contradicts_the_model_is_refused(
         check_models(phases_of(tmp_path, text, model=tiny_variants(model)))
 
 
+def grid_phases(tmp_path: Path, before: list[int], after: list[int], **optim: Any) -> Phases:
+    """Two phases of a model with patches of 4 pixels."""
+    vision = {"image_size": before, "layers": 1, "width": 32, "patch_size": 4, "head_width": 8}
+    path = tmp_path / "grid.json"
+    path.write_text(json.dumps(TINY_MODEL | {"vision_cfg": vision}))
+    phases = phases_of(tmp_path, f"- {{until_samples: 9}}\n- {{image_size: {after}}}", model=str(path))
+    configs = [replace(phase.config, optim=replace(phase.config.optim, **optim)) for phase in phases.all]
+    return replace(
+        phases, all=tuple(replace(phase, config=config) for phase, config in zip(phases.all, configs, strict=True))
+    )
+
+
+@pytest.mark.parametrize("before", [[16, 16], [8, 8]])
+def test_an_optimizer_whose_state_cannot_be_resized_is_refused_before_the_first_step(
+    tmp_path: Path, before: list[int]
+) -> None:
+    """Of the five positions of 8 x 8 pixels it keeps a value for each weight, and rows and columns only of more."""
+    adafactor = {"opt": "timm/adafactor", "beta1": None, "beta2": None, "eps": None}
+    with pytest.raises(ValueError, match=r"phase 2: the optimizer keeps 'visual.positional_embedding//.* --opt adamw"):
+        check_models(grid_phases(tmp_path, before, [32, 32], **adafactor))
+    check_models(grid_phases(tmp_path, before, before, **adafactor))
+    for name in ("timm/lion", "stableadamw", "nadamw"):
+        check_models(grid_phases(tmp_path, [16, 16], [32, 32], opt=name))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "old", "new"),
+    [
+        ([64, 16], [128, 32], (16, 4), (32, 8)),  # as many places as 8 x 8
+        ([32, 16], [32, 32], (8, 4), (8, 8)),
+        ([64, 16], [16, 64], (16, 4), (4, 16)),  # as many as before, at other places
+    ],
+)
+def test_a_grid_that_is_no_square_is_resized_as_what_it_is(
+    tmp_path: Path, before: list[int], after: list[int], old: tuple[int, int], new: tuple[int, int]
+) -> None:
+    phases = grid_phases(tmp_path, before, after)
+    check_models(phases)
+    first, second = (build_model(phase.config, skeleton=True).model for phase in phases.all)
+    saved, shapes = whole_shapes(first), whole_shapes(second)
+    resizing = find_resizing(second, shapes, saved, image_hw=(before[0], before[1]))
+    assert resizing is not None
+    assert (resizing.old, resizing.table.grid) == (old, new)
+    assert find_resizing(first, saved, saved, image_hw=(before[0], before[1])) is None
+    if saved != shapes:
+        with pytest.raises(ValueError, match=r"of what image size the first are is not known"):
+            find_resizing(second, shapes, saved, image_hw=None)
+
+
+@pytest.mark.parametrize(
+    ("train", "size"),
+    [
+        ({"image_size": [64, 16], "config": {"force_image_size": [32]}}, (64, 16)),
+        ({"phase": {"number": 2, "image_size": [48]}, "config": {"force_image_size": [32]}}, (48, 48)),
+        ({"config": {"model": "ViT-B-32", "force_image_size": None}}, (224, 224)),
+        ({"config": {"model": "/gone.json"}}, None),
+        ({}, None),
+    ],
+)
+def test_a_checkpoint_tells_its_image_size_or_that_nobody_knows(
+    train: dict[str, Any], size: tuple[int, int] | None
+) -> None:
+    """The first is as they are written now."""
+    assert image_hw_of(train) == size
+
+
 @pytest.fixture
 def tiny_variants(tmp_path: Path) -> Callable[[str], str]:
     """A model's name, or the path of one that is not built in."""
@@ -151,6 +221,24 @@ def test_epochs_and_the_end_follow_the_samples_whatever_the_batch() -> None:
             seen += batch
     assert ends == [(0, 108), (1, 200), (2, 300)]
     assert (plan.steps_left(seen), plan.epoch_at(seen), plan.steps_left(298)) == (0, 3, 1)
+
+
+def test_an_epoch_begins_where_the_step_before_ended_one_whatever_the_size_of_the_next() -> None:
+    small, large = (TrainPlan(100, 3, 1, batch, 1, 1) for batch in (4, 64))
+    assert small.begins_epoch(128, last_batch=64)
+    assert not large.begins_epoch(108, last_batch=4)
+    for plan in (small, large):
+        assert plan.begins_epoch(0, last_batch=0)
+        assert plan.begins_epoch(100, last_batch=0)  # of an earlier version: as if no batch had changed
+
+
+def test_steps_follow_the_phases_and_one_that_is_stepped_over_is_said(tmp_path: Path) -> None:
+    phases = phases_of(tmp_path, "- {until_samples: 100}\n- {until_samples: 120, batch_size: 4}\n- {batch_size: 8}")
+    assert [phases.steps_until(samples, ranks=1) for samples in (0, 64, 100, 128, 160)] == [0, 1, 2, 2, 6]
+    remarks = phases.check(samples_per_epoch=80, epochs=2, ranks=1)
+    assert remarks == [
+        "Phase 2 is left out: the last step of the phase before ends after 128 samples, and its until_samples are 120."
+    ]
 
 
 def test_position_embeddings_are_resized_as_open_clip_does_and_second_moments_stay_positive() -> None:

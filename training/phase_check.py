@@ -19,7 +19,7 @@ from models.text_form import cut_texts
 from training.assembly import build_loader, build_model, build_plan
 from training.checkpoint.epoch_loading import whole_shapes
 from training.checkpoint.optimizer_state import SEPARATOR, pack_optimizer
-from training.checkpoint.positions import ResizedRows, Resizing, find_resizing
+from training.checkpoint.positions import ResizedRows, find_resizing
 from training.config import OptimConfig
 from training.distributed.start_up import on_first_rank
 from training.optim.optimizer import build_optimizer
@@ -101,18 +101,20 @@ def _check_change(optim: OptimConfig, before: BuiltModel, built: BuiltModel) -> 
         )
     trained = {name for name, parameter in built.model.named_parameters() if parameter.requires_grad}
     if resizing is not None and resizing.table.name in trained:
-        ResizedRows(resizing, moments_of(optim, resizing))
+        # Some keep other state of large tables than of small ones.
+        for shape in (resizing.saved, resizing.table.shape):
+            ResizedRows(resizing._replace(saved=shape), moments_of(optim, resizing.table.name, shape))
 
 
-def moments_of(optim: OptimConfig, resizing: Resizing) -> Mapping[str, tuple[int, ...]]:
-    """Shapes of what an optimizer keeps of a table by PARAMETER//STATE. They show only once it has taken a step."""
-    table = nn.ParameterDict({"positions": torch.zeros(resizing.saved)})
-    optimizer = build_optimizer(table, replace(optim, wd_exclude=()))
-    table["positions"].grad = torch.ones(resizing.saved)
+def moments_of(optim: OptimConfig, name: str, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of what an optimizer keeps of a parameter, by PARAMETER//STATE: they show once it has taken a step."""
+    model = nn.ParameterDict({"table": torch.zeros(shape)})
+    optimizer = build_optimizer(model, replace(optim, wd_exclude=()))
+    model["table"].grad = torch.ones(shape)
     optimizer.step()
-    tensors, _ = pack_optimizer(optimizer, table)
+    tensors, _ = pack_optimizer(optimizer, model)
     return {
-        f"{resizing.table.name}{SEPARATOR}{name.partition(SEPARATOR)[2]}": tuple(t.shape) for name, t in tensors.items()
+        f"{name}{SEPARATOR}{packed.partition(SEPARATOR)[2]}": tuple(tensor.shape) for packed, tensor in tensors.items()
     }
 
 

@@ -77,18 +77,23 @@ def test_what_makes_it_another_run_is_refused_until_it_is_named(run_here: Run, t
     assert last["resumed_from"].endswith(f"step_{step:08d}")
 
 
-@pytest.mark.parametrize("change", [["--accum-freq", "2"], ["--batch-size", "8"], ["--accum-freq", "3"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "change",
+    # 20 are five times as many, and no divisor of an epoch: it stays as long as it was, and the run as well.
+    [["--accum-freq", "2"], ["--batch-size", "8"], ["--accum-freq", "3"], ["--batch-size", "20"]],
+    ids=" ".join,
+)
 def test_the_learning_rate_does_not_jump_with_the_global_batch(
     run_here: Run, tmp_path: Path, tiny_model: str, change: list[str]
 ) -> None:
-    run, factor = tmp_path / "logs/r", 3 if change[1] == "3" else 2
+    run, factor = tmp_path / "logs/r", {"2": 2, "8": 2, "3": 3, "20": 5}[change[1]]
     assert run_here(_line(tmp_path, tiny_model)).code == 0
     whole = {line["train/samples_seen"]: line["train/lr"] for line in _metrics(run).values()}
     _cut(run, after=24)
     outcome = run_here(_line(tmp_path, tiny_model, *change))
     assert outcome.code == 0, outcome.text
     after = {step: line for step, line in _metrics(run).items() if step >= 24}
-    assert (min(after), max(after)) == (24, 24 + 24 // factor - 1)
+    assert (min(after), max(after)) == (24, 24 - -24 // factor - 1)
     for line in after.values():
         # A step's rate holds for all of its samples: it is that of the uninterrupted run at the first of them.
         begun = line["train/samples_seen"] - 4 * factor + 4

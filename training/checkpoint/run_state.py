@@ -318,7 +318,7 @@ def _find_resized(plan: StepPlan, parts: RunParts, *, runtime: Runtime) -> Resiz
     """Collective: all ranks."""
     if not parts.resizes_positions:
         return ResizedRows(None, {})
-    image_hw = on_first_rank(lambda: _image_hw_of(plan.train), rank=runtime.rank)  # collective: all ranks
+    image_hw = on_first_rank(lambda: image_hw_of(plan.train), rank=runtime.rank)  # collective: all ranks
     saved, shapes = plan.names("model"), whole_shapes(parts.model)
     resizing = find_resizing(parts.model, shapes, saved, image_hw=image_hw)
     if resizing is not None:
@@ -329,7 +329,7 @@ def _find_resized(plan: StepPlan, parts: RunParts, *, runtime: Runtime) -> Resiz
     return ResizedRows(resizing, plan.names("optimizer"))
 
 
-def _image_hw_of(train: Mapping[str, Any]) -> tuple[int, int] | None:
+def image_hw_of(train: Mapping[str, Any]) -> tuple[int, int] | None:
     """Image size that a checkpoint was trained with; None if it was written by an earlier version and does not tell."""
     settings = {**train.get("config", {}), **train.get("phase", {})}
     size = train.get("image_size") or settings.get("image_size") or settings.get("force_image_size")
