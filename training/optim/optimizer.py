@@ -109,13 +109,14 @@ def _build_timm(model: nn.Module, name: str, config: OptimConfig) -> torch.optim
         settings["betas"] = (config.beta1, config.beta2)
     if config.momentum is not None:
         settings["momentum"] = config.momentum
+    if config.eps is not None:
+        settings["eps"] = config.eps
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             model if shard_group(model) is None else _LocalModel(model),
             name,
             lr=config.lr,
             weight_decay=config.wd,
-            eps=config.eps,
             **settings,
         )
     except ValueError as error:
