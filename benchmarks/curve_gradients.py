@@ -74,5 +74,5 @@ def is_as_near(errors: Errors, *, ours: str, rival: str) -> bool:
 
 def gradient_statement(errors: Errors, *, batches: int) -> str:
     """The result in words."""
-    said = ", ".join(f"{name} {100 * error['whole']:.2g} %" for name, error in errors.items())
+    said = ", ".join(f"{name} {error['whole']:.1e}" for name, error in errors.items())
     return f"gradients after the last step, relative distance from fp64, mean of {batches} batches: {said}"

@@ -313,7 +313,7 @@ class Measurement:
         gradients = check_gradients(ours.arm, theirs.arm, self._host[0])
         timed_form = check_timed_form(ours.arm, theirs.arm, ours.take(0), theirs.take(0))
         seconds = " and ".join(f"{value:.1f} s" for value in timed_form.first_pass_s)
-        logger.info("first passes, compilation included: %s; of %s: %s", OURS, theirs.name, seconds)
+        logger.info("first pass of %s and %s, compilation included: %s", OURS, theirs.name, seconds)
         release_memory(self._runtime.device)
         # Compiled programs are made anew for other TF32 settings: only where the tolerance asks for it.
         with exact_matmul() if self._arguments.precision == "fp32" else nullcontext():
