@@ -159,7 +159,8 @@ def test_a_row_names_what_was_switched_on(tmp_path):
     arm |= {"cpu_s_per_1000": 1.0, "peak_gib": 1.0}
     settings = vars(parse_arguments(["--device=cpu", "--decode=gpu", "--torchcompile"]))
     run = {"hardware": {"cpu": "C", "cores": 2}, "commit": "0123456789", "uncommitted_changes": False}
+    run["open_clip"] = {"version": "4.0", "installed": False, "commit": "abcdef0123456"}
     result = {"settings": settings, "run": run, "ratio": {"value": 2, "low": 1, "high": 3}}
     (row,) = rows([{**result, "arms": {"clipyard": arm, "open_clip": arm}}])
     assert row[2] == "--decode gpu, --torchcompile"
-    assert row[-2:] == ["C, 2 cores", "012345678"]
+    assert row[-3:] == ["C, 2 cores", "4.0-abcdef012", "012345678"]
