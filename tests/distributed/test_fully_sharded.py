@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.factory import build_model
@@ -334,6 +335,18 @@ def test_copies_must_fit_the_ranks():
     runtime = Runtime(rank=0, local_rank=0, world_size=12, device=CPU)
     with pytest.raises(ValueError, match=r"--fsdp-shard-ranks 8 does not divide the 12 .* pass one of 2, 3, 4, 6, 12"):
         build_mesh(8, runtime=runtime)
+
+
+def groups_of_two_meshes() -> list[int]:
+    runtime, counts = current_runtime(), list[int]()
+    for _ in range(2):
+        build_mesh(2, runtime=runtime)
+        counts.append(dist.get_pg_count())
+    return counts
+
+
+def test_phases_share_the_groups_of_one_mesh():
+    assert run_ranks(4, groups_of_two_meshes)[0] == [3, 3]
 
 
 def test_there_is_nothing_to_offload_from_a_cpu():

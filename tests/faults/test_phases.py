@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.damage import DAMAGES
 from tests.faults.lab import Lab, Record, compare, events
 from tests.faults.plan import Fault
 from training.checkpoint.checkpointer import read_step_checkpoint
@@ -20,6 +21,9 @@ PHASES = """
 - {image_size: 24}
 """
 """Two ranks: 4 steps of 8 samples, 5 of 4, 6 of 8. The last begins with a step that is saved anyway."""
+
+
+USR1 = {"name": "SIGUSR1"}
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,36 @@ def test_a_kill_around_the_end_of_a_phase_changes_nothing(
     assert lab.first_step("r") == first_step
     compare(expected, lab.record("r"))
     assert [event["number"] for event in events(lab.run_directory("r"), "phase")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Fault("step", "send", rank=1, step=3, with_={"name": "SIGTERM"}), Fault("load", "send", rank=0, with_=USR1)],
+    ids=["at the last step", "while the next phase is built"],
+)
+def test_a_signal_around_the_end_of_a_phase_changes_nothing(
+    lab: Lab, undisturbed: Callable[..., Record], phases: tuple[str, str], fault: Fault
+) -> None:
+    ended = lab.run("r", *phases, plan=[fault])
+    assert ended.codes == [0, 0], ended.text[-3000:]
+    assert lab.steps("r")[-1] == 4
+    saves = [line for line in ended.text.splitlines() if "Saved " in line and "step_00000004" in line]
+    assert len(saves) == 1  # what lies there is not written again
+    lab.finish("r", *phases)
+    assert lab.first_step("r") == 4
+    compare(undisturbed(*phases), lab.record("r"))
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_one_of_the_phase_before(
+    lab: Lab, undisturbed: Callable[..., Record], phases: tuple[str, str]
+) -> None:
+    lab.run("r", *phases, plan=[*lab.saved("r", 3), Fault("step", "kill", rank=1, step=5)])
+    assert lab.steps("r") == [3, 4]
+    DAMAGES["bit flipped"](lab.checkpoint("r", 4))
+    ended = lab.finish("r", *phases)
+    assert "A damaged checkpoint is passed over" in ended.text
+    assert lab.first_step("r") == 3
+    compare(undisturbed(*phases), lab.record("r"))
 
 
 def test_a_phase_whose_end_cannot_be_saved_ends_the_job(
