@@ -275,8 +275,8 @@ def _check_equal(
 
 def _epoch_as_before(train: Mapping[str, Any], saved: StreamIdentity, now: StreamIdentity) -> int:
     """Samples of an epoch as the first start counted them; 0 if that is not known, or if there is more or less data."""
-    is_as_large = (saved.slots_per_epoch, saved.slot_samples) == (now.slots_per_epoch, now.slot_samples)
-    return int(train.get("samples_per_epoch", 0)) if is_as_large else 0
+    before, after = (round(identity.slots_per_epoch * identity.slot_samples) for identity in (saved, now))
+    return int(train.get("samples_per_epoch", 0)) if before == after else 0
 
 
 def _settle(parts: RunParts, *, go_on: bool) -> None:
