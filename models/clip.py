@@ -55,6 +55,7 @@ class Clip(nn.Module):
         super().__init__()
         self.config = config
         self.context_length = config.text_cfg.context_length
+        self.embed_dim = config.embed_dim
         self.visual = visual
         if config.custom_text:
             self.text = text
@@ -86,18 +87,21 @@ class Clip(nn.Module):
     ) -> ClipOutput:
         """Encode a batch of pairs.
 
-        Texts come first, so that what is done with their features can go on beside the image tower, the longer one.
-
         Args:
             images: float [B, 3, H, W], normalised.
             texts: int64 [B, L] or packed.
-            on_text_features: called between the towers with what ``text_features`` will be, graph included.
+            on_text_features: called with what ``text_features`` will be, graph included. Texts then come first, so that
+                what is done with them can go on beside the image tower, the longer one.
         """
-        text_features = _normalized(self._text_features(texts))
-        if on_text_features is not None:
+        if on_text_features is None:
+            image_features = _normalized(self.visual(images))
+            text_features = _normalized(self._text_features(texts))
+        else:
+            text_features = _normalized(self._text_features(texts))
             on_text_features(text_features)
+            image_features = _normalized(self.visual(images))
         return ClipOutput(
-            image_features=_normalized(self.visual(images)),
+            image_features=image_features,
             text_features=text_features,
             # New tensors, not views of parameters: whatever wraps the model puts its hooks on what comes out here.
             logit_scale=_full_precision(self.logit_scale).squeeze().exp(),  # [] or [1] -> []

@@ -51,6 +51,8 @@ class Tower(nn.Module):
 
 
 class TinyClip(nn.Module):
+    embed_dim = EMBEDDING
+
     def __init__(self, *, dropout: float = 0.0, batch_norm: bool = False, bias: bool = False) -> None:
         super().__init__()
         image_stem = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(IMAGE_SHAPE), WIDTH))

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from models.clip import ClipOutput
 from training.data.batch import DeviceBatch
-from training.distributed.collectives import GatheredRows
+from training.distributed.collectives import GatheredRows, world_size
 from training.distributed.parallelize import unwrap
 from training.distributed.sharding import begin_step, exchange_gradients, take_gradients
 from training.losses import Loss
@@ -77,6 +77,7 @@ class TrainStep:
         grad_clip_norm: float | None = None,
         num_sources: int = 1,
         guard: StepGuard | None = None,
+        texts_first: bool | None = None,
     ) -> None:
         """
         Args:
@@ -85,6 +86,7 @@ class TrainStep:
             grad_clip_norm: gradients are scaled down to this L2 norm if they exceed it.
             num_sources: of the data; with several the loss is also measured by source.
             guard: keeps bad steps from changing anything; None lets every step through.
+            texts_first: whether texts are encoded before images, to be gathered meanwhile; None chooses.
         """
         self.model = model
         self.loss = loss
@@ -97,6 +99,7 @@ class TrainStep:
         self._update = Update(
             unwrap(model), optimizer=optimizer, scaler=self.scaler, grad_clip_norm=grad_clip_norm, guard=guard
         )
+        self._texts_first = texts_first
         self._needs_first_exchange = unwrap(model) is not model
 
     def __call__(self, micro_batches: Sequence[DeviceBatch], *, lr: float) -> StepMetrics:
@@ -139,8 +142,11 @@ class TrainStep:
 
     def _backward(self, batch: DeviceBatch) -> tuple[Tensor, list[ClipOutput]]:
         """Gradients of one micro-batch. DDP sums them over ranks while the backward pass still runs."""
-        texts: list[GatheredRows] = []
-        output = self._forward(self.model, batch, lambda features: texts.append(self.loss.begin(features)))
+        texts: list[GatheredRows | None] = [None]
+        if self._texts_first is None:
+            self._texts_first = texts_hide_more_than_they_expose(unwrap(self.model), rows=len(batch.images))
+        begin = (lambda features: texts.append(self.loss.begin(features))) if self._texts_first else None
+        output = self._forward(self.model, batch, begin)
         self.compute_clock.stop()
         # Outside of autocast: logits and loss in fp32. Taken out of the list, or all texts would outlive the loss.
         loss = self.loss(*output, texts.pop())
@@ -211,6 +217,21 @@ class TrainStep:
         meeting = nullcontext() if plain is model else self.compute_clock.paused_until_called(plain)
         with self.precision.autocast(), meeting:
             return cast(ClipOutput, model(batch.images, batch.texts, on_text_features))
+
+
+def texts_hide_more_than_they_expose(model: nn.Module, *, rows: int) -> bool:
+    """Whether to encode texts first, for batches of ``rows`` on every rank. The same on all ranks.
+
+    First, they are gathered behind the image tower, and their gradients return behind it. But then the token
+    embedding's gradient is the last of the step, and its exchange hides behind nothing. Both send each number twice:
+    what counts is whether the texts of all ranks have more numbers than the table.
+    """
+    tables = [
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.weight.requires_grad
+    ]
+    return world_size() > 1 and world_size() * rows * cast(int, model.embed_dim) > max(tables, default=0)
 
 
 class _Gradients(NamedTuple):

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.scale_world import LiveMemory, fake_world
+from models.config import load_model_config
+from models.factory import build_model
 from tests.distributed.launch import current_runtime, run_ranks
 from tests.models.tiny import tiny_images, tiny_model, tiny_texts
 from tests.test_train_step import build_step
@@ -18,6 +20,7 @@ from training.data.batch import DeviceBatch
 from training.distributed.collectives import GatheredRows, WayBack, all_reduce_sum, rank, world_size
 from training.distributed.parallelize import parallelize
 from training.losses import Loss, build_loss
+from training.train_step import texts_hide_more_than_they_expose
 
 LOSSES = [LossConfig(), LossConfig(siglip=True)]
 CASES: dict[str, dict[str, Any]] = {
@@ -68,7 +71,8 @@ def events_of_all_cases() -> dict[str, list[str]]:
         watch(events, model.image_blocks[0], "image")
         watch(events, model.text_blocks[0], "text")
         config = EngineConfig(device="cpu", **engine)
-        step = build_step(model, trained=parallelize(model, config=config, runtime=current_runtime()))
+        trained = parallelize(model, config=config, runtime=current_runtime())
+        step = build_step(model, trained=trained, texts_first=True)
         for _ in range(2):
             events.clear()
             step([DeviceBatch(tiny_images(4), tiny_texts(4))], lr=0.1)
@@ -178,3 +182,18 @@ def test_rows_are_taken_once_and_come_back_once():
         gathered.take()
     with pytest.raises(AssertionError, match="begin was not called"):
         gathered.anchor.backward()
+
+
+SIZES = [
+    *[("ViT-B-32", 896, 1, False), ("ViT-B-32", 896, 32, False), ("ViT-B-32", 896, 64, True)],
+    *[("ViT-L-14", 224, 64, False), ("ViT-H-14", 96, 256, False), ("ViT-H-14", 96, 1024, True)],
+]
+
+
+@pytest.mark.parametrize(("model", "rows", "ranks", "first"), SIZES)
+def test_texts_come_first_where_they_are_more_than_the_token_embedding(model, rows, ranks, first):
+    clip = build_model(load_model_config(model), device="meta")
+    with fake_world(ranks):
+        assert texts_hide_more_than_they_expose(clip, rows=rows) is first
+        clip.requires_grad_(False)  # nothing comes last then
+        assert texts_hide_more_than_they_expose(clip, rows=rows) is (ranks > 1)
