@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.stream_simulation import Job, NumberDecoder, NumberSource, counted, ids
+from training.data.lanes import Deal, LanePosition
+from training.data.position import StreamIdentity, StreamPosition, read_position
 
 sizes = st.lists(st.integers(1, 12), min_size=6, max_size=14)
 legs = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 5)), min_size=1, max_size=4)
@@ -128,7 +130,13 @@ def test_a_position_of_another_stream_is_refused_with_the_differences():
     assert job.position is not None
     saved = job.position.facts() | {"seed": 12, "sources": "letters"}
     (loader,) = Job(NumberSource([4, 4]), 2, 2).loaders(1, 2)
-    from training.data.position import read_position
 
     with pytest.raises(ValueError, match=r"seed: saved 12, now 11; sources: saved 'letters'.*--train-data"):
         loader.load_position(read_position(job.position.tensors(), saved))
+
+
+def test_synthetic_data_of_an_earlier_version_is_the_same_stream() -> None:
+    """It named the image size as well."""
+    identity = StreamIdentity(7, False, "synthetic (224, 224) 1000")
+    position = StreamPosition(identity, Deal(1, 1, 7), [LanePosition()], 0, [0])
+    assert read_position(position.tensors(), position.facts()).identity == identity._replace(sources="synthetic 1000")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -114,6 +115,8 @@ class StreamPosition:
 def read_position(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> StreamPosition:
     """The inverse of ``tensors`` and ``facts``."""
     known = {name: facts[name] for name in StreamIdentity._fields if name in facts}
+    # Synthetic data was once another stream at another image size: "synthetic (224, 224) 1000".
+    known["sources"] = re.sub(r"^synthetic \(.*\) ", "synthetic ", known["sources"])
     identity = StreamIdentity(**known | {"source_digests": tuple(known.get("source_digests", ()))})
     deal = Deal(facts["num_lanes"], facts["block"], identity.seed, facts["first_slot"], tensors["pieces"].numpy())
     lanes = [
