@@ -23,7 +23,7 @@ DISTRIBUTIONS = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")
 def describe_run(device: torch.device) -> dict[str, object]:
     """Everything needed to judge a measurement, or to repeat it."""
     return {
-        "command": shlex.join(("python", *sys.orig_argv[1:])),
+        "command": shlex.join(("python", *map(_without_folders, sys.orig_argv[1:]))),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _output("git", "rev-parse", "HEAD"),
         "uncommitted_changes": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
@@ -48,6 +48,12 @@ def device_label(device: torch.device) -> str:
 def slug(words: str) -> str:
     """As part of a file name: ``--text-packing=off`` -> ``text-packing-off``."""
     return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
+
+
+def _without_folders(word: str) -> str:
+    """A word of a command line; of an absolute path only the name: folders of a machine say nothing elsewhere."""
+    flag, equals, value = word.rpartition("=")
+    return f"{flag}{equals}{Path(value).name}" if Path(value).is_absolute() else word
 
 
 def _hardware(device: torch.device) -> dict[str, object]:

@@ -161,3 +161,10 @@ def test_the_compiled_rival_passes_the_gate_and_takes_a_step(monkeypatch):
     _check(ours, theirs, batch)
     losses = [arm.step(arm.prepare([batch])[0]).item() for arm in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+def test_a_result_names_no_folder_of_the_machine(monkeypatch):
+    words = ["python", "-m", "benchmarks.train_step", "--out=/home/somebody/a b.json", "--results", "/data/results", "-1"]
+    monkeypatch.setattr(sys, "orig_argv", words)
+    command = describe_run(CPU)["command"]
+    assert command == "python -m benchmarks.train_step '--out=a b.json' --results results -1"
