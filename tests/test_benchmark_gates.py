@@ -164,7 +164,7 @@ def test_the_compiled_rival_passes_the_gate_and_takes_a_step(monkeypatch):
 
 
 def test_a_result_names_no_folder_of_the_machine(monkeypatch):
-    words = ["python", "-m", "benchmarks.train_step", "--out=/home/somebody/a b.json", "--results", "/data/results", "-1"]
+    words = ["python", "-m", "benchmarks.train_step", "--out=/home/a b.json", "--results", "/data/results", "-1"]
     monkeypatch.setattr(sys, "orig_argv", words)
     command = describe_run(CPU)["command"]
     assert command == "python -m benchmarks.train_step '--out=a b.json' --results results -1"
