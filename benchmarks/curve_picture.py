@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from training.observability.svg_chart import nice_ticks
 
 PANEL_WIDTH, PANEL_HEIGHT = 520, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 26, 30
-_LEGEND = 30
+_LEGEND, _LEGEND_ROW = 30, 18
 _FONT = 'font-family="sans-serif" font-size="11"'
 
 
@@ -39,25 +39,35 @@ def draw(columns: Sequence[Sequence[Panel]], *, legend: Mapping[str, str], axis:
         axis: what runs from left to right.
     """
     width = PANEL_WIDTH * len(columns)
-    height = _LEGEND + PANEL_HEIGHT * max(map(len, columns))
+    entries = list(_place_legend(legend, width))
+    top = max((y for _, _, y in entries), default=0) + _LEGEND
+    height = top + PANEL_HEIGHT * max(map(len, columns))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
-        *_draw_legend(legend),
+        *(part for label, x, y in entries for part in _draw_entry(label, legend[label], x, y)),
     ]
     for column, panels in enumerate(columns):
         for row, panel in enumerate(panels):
-            place = f"translate({column * PANEL_WIDTH} {_LEGEND + row * PANEL_HEIGHT})"
+            place = f"translate({column * PANEL_WIDTH} {top + row * PANEL_HEIGHT})"
             parts += [f'<g transform="{place}">', *_draw_panel(panel, axis), "</g>"]
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _draw_legend(legend: Mapping[str, str]) -> Iterator[str]:
-    x = float(_LEFT)
-    for label, color in legend.items():
-        yield f'<path d="M{x:.0f} 15h22" stroke="{color}" stroke-width="3"/>'
-        yield f'<text x="{x + 28:.0f}" y="19" {_FONT}>{escape(label)}</text>'
-        x += 56 + 6.2 * len(label)
+def _place_legend(labels: Iterable[str], width: int) -> Iterator[tuple[str, int, int]]:
+    """(label, x, y) in rows that fit into the picture."""
+    x, y = float(_LEFT), 0
+    for label in labels:
+        needed = 56 + 6.2 * len(label)
+        if x > _LEFT and x + needed > width:
+            x, y = float(_LEFT), y + _LEGEND_ROW
+        yield label, round(x), y
+        x += needed
+
+
+def _draw_entry(label: str, color: str, x: int, y: int) -> Iterator[str]:
+    yield f'<path d="M{x} {y + 15}h22" stroke="{color}" stroke-width="3"/>'
+    yield f'<text x="{x + 28}" y="{y + 19}" {_FONT}>{escape(label)}</text>'
 
 
 def _draw_panel(panel: Panel, axis: str) -> Iterator[str]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+from collections.abc import Iterator
+
+import pytest
 
 # Tests run as several processes on few cores, and start processes of their own: more threads only fight each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,3 +22,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from tests.s3.fixtures import object_server, s3  # noqa: E402, F401 - fixtures of all tests
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """Programs that a test runs in its own process set the level of all logging: not for the next test."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
