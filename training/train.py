@@ -160,11 +160,9 @@ def _owed_evaluation(
 ) -> int | None:
     """The epoch that a run saved and did not come to evaluate. Collective: all ranks."""
     known = on_first_rank(evaluated, rank=runtime.rank)  # collective: all ranks
-    epoch, begins = (
-        plan.epoch_at(state.samples_seen),
-        plan.begins_epoch(state.samples_seen, last_batch=state.last_batch),
-    )
-    return epoch if begins and epoch not in known else None
+    epoch = plan.epoch_at(state.samples_seen)
+    is_owed = plan.begins_epoch(state.samples_seen, last_batch=state.last_batch) and epoch not in known
+    return epoch if is_owed else None
 
 
 def _evaluate(
