@@ -166,8 +166,7 @@ class ClipyardArm:
     def passed(self, batch: DeviceBatch) -> Pass:
         self.optimizer.zero_grad(set_to_none=True)
         with self._attention():
-            self._step._exchange_once(batch)
-            _, (output,) = self._step._backward(batch)
+            _, (output,) = self._step.compute_gradients([batch])
         return Pass(output.image_features.detach(), output.text_features.detach(), take_gradients(self.model))
 
     def skipped_steps(self) -> int:

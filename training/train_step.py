@@ -115,11 +115,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         self._update.prepare()
         begin_step(unwrap(self.model))
-        self._exchange_once(micro_batches[0])
-        if len(micro_batches) == 1:
-            loss, outputs = self._backward(micro_batches[0])
-        else:
-            loss, outputs = self._backward_accumulated(micro_batches)
+        loss, outputs = self.compute_gradients(micro_batches)
         take_gradients(unwrap(self.model))  # collective with FSDP: all ranks
         result = self._update(loss=loss, features=_sum_of_features(outputs))
         first = outputs[0]
@@ -132,6 +128,14 @@ class TrainStep:
             result.vitals,
         )
 
+    def compute_gradients(self, micro_batches: Sequence[DeviceBatch]) -> tuple[Tensor, list[ClipOutput]]:
+        """(loss of this rank, what the model returned for each): the parameters' gradients are there, and unused."""
+        texts_first = self._encodes_texts_first(micro_batches)
+        self._exchange_once(micro_batches[0], texts_first=texts_first)
+        if len(micro_batches) == 1:
+            return self._backward(micro_batches[0], texts_first=texts_first)
+        return self._backward_accumulated(micro_batches)
+
     def _source_losses(self, output: ClipOutput, micro_batches: Sequence[DeviceBatch]) -> Tensor | None:
         sources = micro_batches[0].sources
         if self.num_sources == 1 or sources is None:
@@ -140,12 +144,17 @@ class TrainStep:
             output.image_features, output.text_features, output.logit_scale, sources, num_groups=self.num_sources
         )
 
-    def _backward(self, batch: DeviceBatch) -> tuple[Tensor, list[ClipOutput]]:
+    def _encodes_texts_first(self, micro_batches: Sequence[DeviceBatch]) -> bool:
+        if len(micro_batches) > 1:
+            return False  # the loss sees all of them together, after both towers
+        if self._texts_first is None:
+            self._texts_first = texts_hide_more_than_they_expose(unwrap(self.model), rows=len(micro_batches[0].images))
+        return self._texts_first
+
+    def _backward(self, batch: DeviceBatch, *, texts_first: bool) -> tuple[Tensor, list[ClipOutput]]:
         """Gradients of one micro-batch. DDP sums them over ranks while the backward pass still runs."""
         texts: list[GatheredRows | None] = [None]
-        if self._texts_first is None:
-            self._texts_first = texts_hide_more_than_they_expose(unwrap(self.model), rows=len(batch.images))
-        begin = (lambda features: texts.append(self.loss.begin(features))) if self._texts_first else None
+        begin = (lambda features: texts.append(self.loss.begin(features))) if texts_first else None
         output = self._forward(self.model, batch, begin)
         self.compute_clock.stop()
         # Outside of autocast: logits and loss in fp32. Taken out of the list, or all texts would outlive the loss.
@@ -176,20 +185,21 @@ class TrainStep:
             _backward_from(self._forward(model, batch), gradients)
         return loss.detach(), outputs
 
-    def _exchange_once(self, batch: DeviceBatch) -> None:
+    def _exchange_once(self, batch: DeviceBatch, *, texts_first: bool) -> None:
         """In a process's first step: a backward pass of DDP that changes nothing.
 
-        DDP sends its first gradients in one message, and those of later steps in buckets, in which they came. Where
-        several ranks add up, the order of a sum depends on its place in a message: without this pass the first step of
-        a resumed run would differ from that of an uninterrupted one, in its last bits. With a static graph DDP also
-        counts gradients until its first exchange, and would wait for those of micro-batches for ever after.
+        DDP sends its first gradients in one message, and those of later steps in buckets, in the order in which these
+        came; so the towers are encoded in the order of the steps. Where several ranks add up, the order of a sum
+        depends on its place in a message: without this pass the first step of a resumed run would differ from that of
+        an uninterrupted one, in its last bits. With a static graph DDP also counts gradients until its first exchange,
+        and would wait for those of micro-batches for ever after.
         """
         if not self._needs_first_exchange:
             return
         self._needs_first_exchange = False
         state = RandomState.capture(batch.images.device)
         with self.compute_clock.left_out(), running_statistics_kept(unwrap(self.model)):
-            output = self._forward(self.model, batch)
+            output = self._forward(self.model, batch, (lambda features: None) if texts_first else None)
             differentiable = [tensor for tensor in output if tensor is not None and tensor.requires_grad]
             torch.autograd.backward(differentiable, [torch.zeros_like(tensor) for tensor in differentiable])
         self.optimizer.zero_grad(set_to_none=True)

@@ -54,8 +54,8 @@ def watch(events: list[str], block: torch.nn.Module, tower: str) -> None:
     block.register_forward_hook(after)
 
 
-def events_of_all_cases() -> dict[str, list[str]]:
-    """What happened on this rank in the second of two steps, in order."""
+def events_of_all_cases() -> dict[tuple[str, str], list[str]]:
+    """What happened on this rank in the first and the second of two steps, in order."""
     events: list[str] = []
     spy(events, Loss, "begin", "gather begins")
     spy(events, GatheredRows, "take", "texts are needed")
@@ -73,15 +73,15 @@ def events_of_all_cases() -> dict[str, list[str]]:
         config = EngineConfig(device="cpu", **engine)
         trained = parallelize(model, config=config, runtime=current_runtime())
         step = build_step(model, trained=trained, texts_first=True)
-        for _ in range(2):
+        for number in ("first", "second"):
             events.clear()
             step([DeviceBatch(tiny_images(4), tiny_texts(4))], lr=0.1)
-        found[name] = events.copy()
+            found[name, number] = events.copy()
     return found
 
 
 @pytest.fixture(scope="module")
-def events() -> list[dict[str, list[str]]]:
+def events() -> list[dict[tuple[str, str], list[str]]]:
     return run_ranks(2, events_of_all_cases)
 
 
@@ -92,7 +92,14 @@ def test_the_image_tower_computes_while_texts_and_their_gradients_fly(case, even
         expected.remove("image gradients")
     if case == "locked text tower":
         expected = [*FORWARD, "image gradients"]  # nobody asks for gradients of texts: none are sent
-    assert [found[case] for found in events] == [expected] * 2
+    assert [found[case, "second"] for found in events] == [expected] * 2
+
+
+def test_the_exchange_before_the_first_step_has_its_order_of_towers(events):
+    """DDP cuts its buckets in the order in which gradients come in that exchange."""
+    of_a_step = ["text tower", "image tower", "image gradients", "text gradients"]
+    for found in events:
+        assert [event for event in found["DDP", "first"] if event in of_a_step] == of_a_step * 2
 
 
 def features(rows: int, dtype: torch.dtype = torch.float32, *, scale: float = 30.0) -> list[Tensor]:
